@@ -1,0 +1,67 @@
+"""``python -m fine_tune VERB``: a table of verbs; the standard library only until one is chosen."""
+
+import difflib
+import importlib
+import sys
+
+VERBS = {
+    "fit": ("fine_tune.cli:main", "train a model from a YAML, then validate its best weights"),
+    "validate": ("fine_tune.cli:main", "measure a checkpoint on the validation split"),
+    "test": ("fine_tune.cli:main", "measure a checkpoint on the test split"),
+    "make-qa": (
+        "fine_tune.commands.make_qa:make_qa",
+        "write question-answer rows and their tokenizer from facts",
+    ),
+}
+HELP_FLAGS = ("-h", "--help", "help")
+
+
+def usage() -> str:
+    """Return the list of verbs."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb.ljust(width)}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: python -m fine_tune VERB [options]",
+            "",
+            *lines,
+            "",
+            "  python -m fine_tune fit --config configs/quickstart.yaml",
+            "  python -m fine_tune VERB --help",
+        ]
+    )
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one verb; return the exit code (2: the user can fix it)."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in HELP_FLAGS:
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from fine_tune import __version__
+
+        print(__version__)
+        return 0
+    verb = args[0]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        print(f"error: unknown verb '{verb}'{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, function = VERBS[verb][0].split(":")
+    if module == "fine_tune.cli":
+        return int(importlib.import_module(module).main(args))
+    from fine_tune.commands.run_function import run_function
+
+    return run_function(verb, getattr(importlib.import_module(module), function), args[1:])
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # output piped into something that stopped reading, like head
+        sys.stderr.close()
+        code = 141
+    sys.exit(code)

@@ -1,0 +1,92 @@
+"""What data hands to modules: the batch of one optimizer step, and the plan of the whole run.
+
+Shape letters: B rows of the batch, T tokens of its longest row.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+
+class SFTBatch(TypedDict):
+    """All rows of one optimizer step on this rank, longest first, padded on the right.
+
+    ``labels_BT`` is aligned with ``input_ids_BT`` (not shifted); ``IGNORE_INDEX`` carries no loss. ``lengths``,
+    ``num_supervised`` and ``row_ids`` (one entry per row) stay on the host, so that cutting micro-batches never waits
+    for the device.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    lengths: list[int]
+    num_supervised: list[int]
+    row_ids: list[int]
+
+
+@dataclass
+class DataPlan:
+    """What a module, a callback or the summary may know of the data.
+
+    Args:
+        num_rows: Rows kept per split.
+        num_tokens: Tokens per split (one pass, no padding).
+        num_supervised: Tokens that carry loss, per split (one pass).
+        longest_row: Tokens of the longest row per split.
+        max_length: Tokens a row may have; longer rows were truncated by policy.
+        batch_size: Rows per optimizer step over all ranks.
+        max_tokens_per_micro_batch: Padded tokens per forward pass on one device; None means the whole step at once.
+        steps_per_epoch: Optimizer steps per data epoch.
+        num_steps: Optimizer steps the run takes in total.
+        planned_steps: Optimizer steps the epochs hold, before ``trainer.max_steps`` cuts them.
+        largest_token_id: Largest id in any row, to be held against the model's vocabulary.
+        notes: Lines for the start summary (truncated, dropped, cached ...).
+    """
+
+    num_rows: dict[str, int]
+    num_tokens: dict[str, int]
+    num_supervised: dict[str, int]
+    longest_row: dict[str, int]
+    max_length: int
+    batch_size: int
+    max_tokens_per_micro_batch: int | None
+    steps_per_epoch: int
+    num_steps: int
+    planned_steps: int
+    largest_token_id: int
+    notes: list[str] = field(default_factory=list)
+
+
+def data_of(trainer: Any) -> Any:
+    """Return the run's data module: ``plan``, ``tokenizer`` and ``rows(split)`` are what others may use of it."""
+    return trainer.datamodule
+
+
+def plan_of(trainer: Any) -> DataPlan:
+    """Return what the data module planned for the run."""
+    plan: DataPlan = trainer.datamodule.plan
+    return plan
+
+
+def log_interval(trainer: Any) -> int:
+    """Return the optimizer steps between two rows of ``metrics.csv``."""
+    return int(trainer.log_every_n_steps)
+
+
+def cut_by_tokens(lengths: list[int], max_tokens: int | None) -> list[slice]:
+    """Cut the rows of a batch, longest first, into micro-batches of at most ``max_tokens`` padded tokens.
+
+    A row longer than ``max_tokens`` gets a micro-batch of its own: ``cut_by_tokens([5, 4, 2, 2], 8)`` gives rows
+    ``[0:1], [1:3], [3:4]`` (5, then 2 x 4, then 2 padded tokens).
+
+    Args:
+        lengths: Tokens per row, in descending order.
+        max_tokens: The budget; None for one micro-batch.
+    """
+    cuts, start = [], 0
+    while start < len(lengths):
+        rows = len(lengths) if max_tokens is None else max(1, max_tokens // lengths[start])
+        stop = min(len(lengths), start + rows)
+        cuts.append(slice(start, stop))
+        start = stop
+    return cuts

@@ -1,0 +1,173 @@
+"""Answers in the model's own words: validation rows before training and at the end, test rows at the test."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fine_tune.batches import data_of, plan_of
+from fine_tune.errors import UserError
+from fine_tune.losses import IGNORE_INDEX
+
+log = logging.getLogger("fine_tune")
+GENERATIONS_FILE = "generations.jsonl"
+BATCH_ROWS = 32
+SHOWN_CHARACTERS = 40
+
+
+class Generations(Callback):
+    """Let the model answer some rows, beside the expected answers, with exact match.
+
+    Answers are written to ``generations.jsonl`` in the run folder; those already there are not asked again.
+
+    Args:
+        rows: Validation rows answered before training and at the end; 0 switches it off.
+        max_new_tokens: Tokens an answer may have.
+        test_rows: Rows of the test split answered by ``test``: a number, or all.
+    """
+
+    def __init__(
+        self, rows: int = 8, max_new_tokens: int = 64, test_rows: Literal["all"] | int = 8
+    ) -> None:
+        if rows < 0 or max_new_tokens < 1 or (test_rows != "all" and test_rows < 0):
+            raise UserError(
+                "generations: rows and test_rows must not be negative, max_new_tokens at least 1"
+            )
+        self.rows, self.max_new_tokens, self.test_rows = rows, max_new_tokens, test_rows
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0 and self._has(trainer, "validation"):
+            self._answer(trainer, pl_module, "validation", "before", self.rows)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate" and self._has(trainer, "validation"):
+            self._answer(trainer, pl_module, "validation", _stage(trainer, "after"), self.rows)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        limit = len(data_of(trainer).rows("test")) if self.test_rows == "all" else self.test_rows
+        if limit:
+            answers = self._answer(trainer, pl_module, "test", _stage(trainer, "test"), int(limit))
+            if trainer.is_global_zero:
+                share = sum(answer["exact_match"] for answer in answers) / len(answers)
+                pl_module.log("test/exact_match", share, rank_zero_only=True, logger=False)
+                log.info(
+                    "test: %d of %d answers match exactly",
+                    sum(a["exact_match"] for a in answers),
+                    len(answers),
+                )
+
+    def _has(self, trainer: Trainer, split: str) -> bool:
+        return self.rows > 0 and split in plan_of(trainer).num_rows
+
+    def _answer(
+        self, trainer: Trainer, pl_module: LightningModule, split: str, stage: str, limit: int
+    ) -> list[dict[str, Any]]:
+        if not trainer.is_global_zero:
+            return []
+        data = data_of(trainer)
+        file = Path(trainer.log_dir or ".") / GENERATIONS_FILE
+        rows = [
+            dict(row) for row in data.rows(split).select(range(min(limit, len(data.rows(split)))))
+        ]
+        known = {(a["stage"], a["prompt"]): a for a in read_generations(file)}
+        questions = []
+        for row in rows:
+            prompt, expected, stop = prompt_and_answer(row["input_ids"], row["labels"])
+            questions.append(
+                {
+                    "prompt_ids": prompt,
+                    "expected_ids": expected,
+                    "stop": stop,
+                    "row_id": row["row_id"],
+                }
+            )
+        for question in questions:
+            question["prompt"] = data.tokenizer.decode(
+                question["prompt_ids"], skip_special_tokens=True
+            )
+        asked = sorted(
+            (q for q in questions if (stage, q["prompt"]) not in known),
+            key=lambda q: len(q["prompt_ids"]),
+        )
+        stop_ids = sorted(
+            {data.tokenizer.eos_token_id, *(q["stop"] for q in questions if q["stop"] is not None)}
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(asked), BATCH_ROWS):
+            batch = asked[start : start + BATCH_ROWS]
+            written = cast(Any, pl_module).generate(
+                [q["prompt_ids"] for q in batch], self.max_new_tokens, stop_ids
+            )
+            with open(file, "a", encoding="utf-8") as handle:
+                for question, ids in zip(batch, written, strict=True):
+                    answer = _answer_record(stage, question, data.tokenizer, ids)
+                    known[stage, question["prompt"]] = answer
+                    handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        return [known[stage, question["prompt"]] for question in questions]
+
+
+def prompt_and_answer(
+    input_ids: list[int], labels: list[int]
+) -> tuple[list[int], list[int], int | None]:
+    """Cut a row at its last supervised stretch: what is asked, what is expected, and the token that ends it."""
+    end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+    start = end
+    while start > 0 and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    if start == 0:  # plain text: continue its first half
+        start = max(1, end // 2)
+    return input_ids[:start], input_ids[start : end - 1], input_ids[end - 1]
+
+
+def read_generations(file: Path) -> list[dict[str, Any]]:
+    """Read the answers of a run; a last line cut off by a kill is left out."""
+    answers = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                answers.append(json.loads(line))
+            except ValueError:
+                continue
+    return answers
+
+
+def before_after_table(answers: list[dict[str, Any]], after: str) -> list[str]:
+    """Lay out the answers before training and at stage ``after`` side by side, as text lines."""
+    before = {a["prompt"]: a for a in answers if a["stage"] == "before"}
+    rows = [("asked", "expected", "before", "after")]
+    for answer in (a for a in answers if a["stage"] == after):
+        earlier = before.get(answer["prompt"], {}).get("answer", "")
+        rows.append((answer["prompt"], answer["expected"], earlier, answer["answer"]))
+    shown = [[_cell(text) for text in row] for row in rows]
+    widths = [max(len(row[i]) for row in shown) for i in range(4)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in shown
+    ]
+
+
+def _answer_record(
+    stage: str, question: dict[str, Any], tokenizer: Any, ids: list[int]
+) -> dict[str, Any]:
+    answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    expected = tokenizer.decode(question["expected_ids"], skip_special_tokens=True).strip()
+    return {
+        "stage": stage,
+        "row_id": question["row_id"],
+        "prompt": question["prompt"],
+        "expected": expected,
+        "answer": answer,
+        "exact_match": answer == expected,
+    }
+
+
+def _stage(trainer: Trainer, name: str) -> str:
+    checkpoint = Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else "untrained"
+    return f"{name} {checkpoint}"
+
+
+def _cell(text: str) -> str:
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= SHOWN_CHARACTERS else "…" + text[1 - SHOWN_CHARACTERS :]

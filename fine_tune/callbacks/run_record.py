@@ -1,0 +1,138 @@
+"""What became of the run: status, environment and results, kept in the run folder's ``run.json``."""
+
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fine_tune.batches import plan_of
+from fine_tune.run_folder import RunFolder
+
+PACKAGES = (
+    "fine-tune",
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+)
+
+
+class RunRecord(Callback):
+    """Record when a run starts, stops, fails or ends, and what it measured."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.monotonic()
+        if trainer.is_global_zero:
+            plan = plan_of(trainer)
+            run = _run(trainer)
+            starts = [
+                *run.read().get("starts", []),
+                {"time": _now(), "from_step": trainer.global_step},
+            ]
+            run.update(
+                {
+                    "status": "running",
+                    "starts": starts,
+                    "num_steps": plan.num_steps,
+                    "steps_per_epoch": plan.steps_per_epoch,
+                    "num_rows": plan.num_rows,
+                    "environment": environment(),
+                }
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stopped_early = any(
+            getattr(c, "stopped_epoch", 0) or _patience_out(c)
+            for c in trainer.early_stopping_callbacks
+        )
+        done = trainer.global_step >= plan_of(trainer).num_steps
+        self._end(trainer, "finished" if done or stopped_early else "stopped")
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.state.fn == "fit" and trainer.log_dir and _run(trainer).read():
+            self._end(
+                trainer,
+                "interrupted"
+                if isinstance(exception, KeyboardInterrupt | SystemExit)
+                else "failed",
+            )
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._result(trainer, "test")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._result(trainer, "validation")
+
+    def _end(self, trainer: Trainer, status: str) -> None:
+        if trainer.is_global_zero:
+            seconds = _run(trainer).read().get("seconds", 0.0) + time.monotonic() - self._start
+            _run(trainer).update(
+                {"status": status, "step": trainer.global_step, "seconds": round(seconds, 3)}
+            )
+
+    def _result(self, trainer: Trainer, split: str) -> None:
+        if trainer.is_global_zero:
+            run = _run(trainer)
+            metrics = {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if "/" in name
+            }
+            checkpoint = Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else None
+            entry = {"time": _now(), "split": split, "checkpoint": checkpoint, "metrics": metrics}
+            run.update({"results": [*run.read().get("results", []), entry]})
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the versions that produced a run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git_commit": _git_commit(),
+        "verb": sys.argv[1] if len(sys.argv) > 1 else "",
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _patience_out(callback: Any) -> bool:
+    return getattr(callback, "wait_count", 0) >= getattr(callback, "patience", 1) and getattr(
+        callback, "enabled", True
+    )
+
+
+def _run(trainer: Trainer) -> RunFolder:
+    return RunFolder(Path(trainer.log_dir or "."))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,409 @@
+"""The command line of fit, validate and test: LightningCLI with the project's guards, folders and wording."""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fine_tune.quiet import quiet_libraries, start_console, tee_to
+
+quiet_libraries()
+
+import torch  # noqa: E402
+from jsonargparse import Namespace  # noqa: E402
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
+
+from fine_tune import run_folder as runs  # noqa: E402
+from fine_tune import summary  # noqa: E402
+from fine_tune.callbacks.checkpoints import Checkpoints  # noqa: E402
+from fine_tune.callbacks.early_stopping import EarlyStopping  # noqa: E402
+from fine_tune.callbacks.generations import Generations  # noqa: E402
+from fine_tune.callbacks.progress import TrainingProgress  # noqa: E402
+from fine_tune.callbacks.run_record import RunRecord  # noqa: E402
+from fine_tune.checkpoint import FolderCheckpointIO, check_whole  # noqa: E402
+from fine_tune.config_check import check_settings, innermost  # noqa: E402
+from fine_tune.errors import UserError  # noqa: E402
+from fine_tune.loggers import default_loggers  # noqa: E402
+from fine_tune.modules.base import max_positions  # noqa: E402
+
+log = logging.getLogger("fine_tune")
+FORCED_CALLBACKS = {
+    "checkpoint": Checkpoints,
+    "early_stopping": EarlyStopping,
+    "generations": Generations,
+}
+NO_CHECK = ("-h", "--print_config", "--print_shtab")
+RUN_VARIABLE = "FINE_TUNE_RUN_FOLDER"  # tells the processes that a strategy starts which folder the first one took
+OURS_NOT_TRAINERS = {
+    "max_epochs": (None, "epochs are the data's: set data.epochs"),
+    "check_val_every_n_epoch": (
+        None,
+        "validation counts optimizer steps: set trainer.val_check_interval",
+    ),
+    "accumulate_grad_batches": (
+        1,
+        "a batch is a whole step already: set data.batch_size (rows per step) and "
+        "data.max_tokens_per_micro_batch (what fits the device)",
+    ),
+    "limit_train_batches": (None, "set data.max_rows, or trainer.max_steps"),
+    "overfit_batches": (0.0, "set data.max_rows: {train: N}"),
+    "fast_dev_run": (False, "set trainer.max_steps: 3"),
+    "enable_checkpointing": (
+        None,
+        "checkpoints are part of a run: set checkpoint.every and checkpoint.keep",
+    ),
+    "use_distributed_sampler": (True, "rows are spread over processes by the data module"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes, and the checkpoint it starts from."""
+
+    run: runs.RunFolder | None
+    checkpoint: Path | None
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, whose errors reach the user as one clean line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        raise UserError(innermost(message)) from ex
+
+
+class RunConfig(SaveConfigCallback):
+    """Write the resolved settings to ``config.yaml`` in the run folder, once."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if (
+            trainer.is_global_zero
+            and trainer.log_dir
+            and not (Path(trainer.log_dir) / "config.yaml").exists()
+        ):
+            self.parser.save(
+                self.config,
+                str(Path(trainer.log_dir) / "config.yaml"),
+                skip_none=False,
+                multifile=False,
+            )
+
+
+class FineTuneCLI(LightningCLI):
+    """Parse, check everything that needs no weights, claim a run folder, and go."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        evaluation = {"model", "dataloaders", "datamodule", "verbose", "weights_only"}
+        fit = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        return {"fit": fit, "validate": evaluation, "test": evaluation}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name",
+            type=str,
+            default="run",
+            help="Name of the run: lightning_logs/<name>/version_N.",
+        )
+        parser.add_argument(
+            "--test_at_end",
+            type=bool,
+            default=False,
+            help="Measure the test split once, after fit's last step.",
+        )
+        for key, callback in FORCED_CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.link_arguments(
+            ("model.init_args.tokenizer", "model.init_args.model_name_or_path"),
+            "data.init_args.tokenizer",
+            compute_fn=lambda tokenizer, model: tokenizer or model,
+        )
+        parser.link_arguments("model.init_args.revision", "data.init_args.tokenizer_revision")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check every setting with its place first, then let LightningCLI parse."""
+        verb, *rest = args
+        if not any(
+            arg.split("=")[0] in NO_CHECK or arg.split("=")[0].endswith("help") for arg in rest
+        ):
+            classes = {"trainer": Trainer, **FORCED_CALLBACKS}
+            check_settings(rest, self._parser(verb), classes)
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the user's settings: a checkpoint never brings hyperparameters of its own."""
+
+    @property
+    def settings(self) -> Namespace:
+        """The parsed settings of the chosen verb."""
+        return self.config[str(self.subcommand)]
+
+    @property
+    def root(self) -> Path:
+        return Path(self.settings.trainer.default_root_dir or ".")
+
+    def before_instantiate_classes(self) -> None:
+        problems = [
+            f"trainer.{key}: not used here; {instead}"
+            for key, (default, instead) in OURS_NOT_TRAINERS.items()
+            if self.settings.trainer.get(key) not in (default, None)
+        ]
+        try:
+            runs.check_name(self.settings.name)
+        except UserError as error:
+            problems += error.problems
+        self._problems = problems
+        if self.settings.data.init_args.get("cache_dir") is None:
+            self.settings.data.init_args.cache_dir = str(self.root / runs.LOGS / ".cache")
+
+    def instantiate_classes(self) -> None:
+        problems = self._problems
+        for key in (
+            "data",
+            "model",
+            *FORCED_CALLBACKS,
+        ):  # alone first, so that all mistakes are shown
+            alone = Namespace({key: self.settings[key]})
+            try:
+                self._parser(self.subcommand).instantiate_classes(alone)
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(*problems)
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        self._check_device()
+        self._check_before_weights()
+        self.place = self._find_place(str(self.subcommand), self.settings.get("ckpt_path"))
+        keep_until = _step_of(self.place.checkpoint) if self.subcommand == "fit" else sys.maxsize
+        run = self._claim(self.place.run)
+        self.run_folder = run
+        if _is_first_process():
+            tee_to(run.path / "train.log")
+        given = self.settings.trainer
+        interval = _validation_steps(given.val_check_interval, self.plan.steps_per_epoch)
+        loggers = given.logger if isinstance(given.logger, list) else []
+        plugins = (
+            given.plugins
+            if isinstance(given.plugins, list)
+            else [given.plugins]
+            if given.plugins
+            else []
+        )
+        trainer = super().instantiate_trainer(
+            max_epochs=1,
+            check_val_every_n_epoch=None,
+            val_check_interval=interval,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            logger=[*default_loggers(run.path, keep_until), *loggers],
+            plugins=[*plugins, FolderCheckpointIO(self.model.export)],
+            **kwargs,
+        )
+        for line in summary.start(str(self.subcommand), self.model, self.plan, trainer, run.path):
+            log.info(line)
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        return super()._instantiate_trainer(config, [*callbacks, TrainingProgress(), RunRecord()])
+
+    def _check_device(self) -> None:
+        asked = {
+            key: self.settings.trainer[key]
+            for key in ("accelerator", "devices", "num_nodes", "precision")
+        }
+        try:
+            Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            here = f"CPU, {torch.cuda.device_count()} CUDA device(s)"
+            told = " ".join(str(error).split())
+            raise UserError(
+                f"trainer: {asked} cannot be had here: {told}; this machine has {here}"
+            ) from error
+
+    def _check_before_weights(self) -> None:
+        """Prepare the data and hold everything against everything that needs no weights."""
+        model, data = self.model, self.datamodule
+        if model.model_name_or_path or model.from_config:
+            data.cap_length(max_positions(model.model_config(data.tokenizer)))
+        data.prepare_data()
+        plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
+        model.check(plan, data.tokenizer)
+        problems = []
+        if "validation" not in plan.num_rows and self.settings.early_stopping.patience is not None:
+            problems.append(
+                "early_stopping.patience: set, but data.split leaves no validation rows to watch; give a validation "
+                "split, or early_stopping.patience: null"
+            )
+        needed = {"validate": "validation", "test": "test"}.get(str(self.subcommand))
+        if self.settings.test_at_end and self.subcommand == "fit":
+            needed = "test"
+        if needed and needed not in plan.num_rows:
+            verb = self.subcommand if self.subcommand != "fit" else "test"
+            problems.append(
+                f"data.split: there is nothing to {verb}: the data has {', '.join(plan.num_rows)} but no {needed} rows"
+            )
+        if problems:
+            raise UserError(*problems)
+
+    def _find_place(self, verb: str, ckpt_path: str | None) -> Place:
+        name, own = (
+            self.settings.name,
+            runs.run_of_config([str(c) for c in self.settings.config or []]),
+        )
+        if os.environ.get(RUN_VARIABLE) and not _is_first_process():
+            own = runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
+        if ckpt_path is None:
+            return Place(None, None)
+        if ckpt_path not in ("best", "last"):
+            return self._place_of_path(verb, Path(ckpt_path))
+        if own is None and verb == "fit":
+            own = runs.unfinished_version(self.root, name)
+        if own is None:
+            own = runs.newest_with_checkpoint(self.root, name, ckpt_path)
+        checkpoint = own.checkpoint(ckpt_path)
+        if checkpoint is None:
+            raise UserError(f"ckpt_path: {own.path} has no {ckpt_path} checkpoint")
+        check_whole(checkpoint)
+        continues = verb != "fit" or ckpt_path == "last" or checkpoint == own.checkpoint("last")
+        return Place(own if continues else None, checkpoint.resolve())
+
+    def _place_of_path(self, verb: str, checkpoint: Path) -> Place:
+        if not checkpoint.is_dir():
+            beside = sorted(
+                p.name
+                for p in checkpoint.parent.glob("*")
+                if p.is_dir() and not p.name.startswith(".")
+            )
+            listed = f"; there are {', '.join(beside)}" if beside else ""
+            raise UserError(
+                f"ckpt_path: '{checkpoint}' does not exist{listed}; or give best or last"
+            )
+        check_whole(checkpoint)
+        own = runs.RunFolder(checkpoint.resolve().parent.parent)
+        last = own.checkpoint("last")
+        continues = bool(own.read()) and (
+            verb != "fit" or (last is not None and last.resolve() == checkpoint.resolve())
+        )
+        return Place(own if continues else None, checkpoint.resolve())
+
+    def _claim(self, run: runs.RunFolder | None) -> runs.RunFolder:
+        if not _is_first_process() and os.environ.get(RUN_VARIABLE):
+            return runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
+        run = run or runs.new_version(self.root, self.settings.name)
+        os.environ[RUN_VARIABLE] = str(run.path)
+        return run
+
+    # ---- verbs
+
+    def fit(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
+        """Train, validate the best weights, and test them if asked to."""
+        start = time.monotonic()
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=_text(self.place.checkpoint))
+        seconds = time.monotonic() - start
+        best = self.run_folder.checkpoint("best")
+        if best is not None and "validation" in self.plan.num_rows:
+            self.trainer.validate(
+                model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
+            )
+        if best is not None and self.settings.test_at_end:
+            self.trainer.test(
+                model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
+            )
+        if self.trainer.is_global_zero:
+            for line in summary.end_of_fit(self.run_folder, seconds):
+                log.info(line)
+
+    def validate(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
+        """Measure the checkpoint on the validation split."""
+        self.trainer.validate(
+            model, datamodule=datamodule, ckpt_path=_text(self.place.checkpoint), verbose=False
+        )
+        self._show_result()
+
+    def test(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
+        """Measure the checkpoint on the test split."""
+        self.trainer.test(
+            model, datamodule=datamodule, ckpt_path=_text(self.place.checkpoint), verbose=False
+        )
+        self._show_result()
+
+    def _show_result(self) -> None:
+        if self.trainer.is_global_zero:
+            for line in summary.evaluation(self.run_folder):
+                log.info(line)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run fit, validate or test; return the exit code: 2 for what the user can fix."""
+    args = sys.argv[1:] if args is None else args
+    start_console()
+    try:
+        cli_args = _with_help_hint(args)
+        FineTuneCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=42,
+            save_config_callback=RunConfig,
+            trainer_defaults={
+                "check_val_every_n_epoch": None,
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+            },
+            parser_class=Parser,
+            parser_kwargs={"prog": "python -m fine_tune"},
+            args=cli_args,
+        )
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _with_help_hint(args: list[str]) -> list[str]:
+    if "--help" in args or "-h" in args:
+        print("Options of the model:  python -m fine_tune fit --model.help fine_tune.modules.SFT")
+    return args
+
+
+def _validation_steps(interval: Any, steps_per_epoch: int) -> Any:
+    if interval is None:
+        return steps_per_epoch
+    if isinstance(interval, float):
+        if not 0 < interval <= 1:
+            raise UserError(
+                f"trainer.val_check_interval: a share of a data epoch lies in (0, 1], got {interval}"
+            )
+        return max(1, round(interval * steps_per_epoch))
+    if isinstance(interval, int) and interval < 1:
+        raise UserError(
+            f"trainer.val_check_interval: must be at least 1 optimizer step, got {interval}"
+        )
+    return interval
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("step=")[2]) if checkpoint is not None else 0
+
+
+def _is_first_process() -> bool:
+    return (
+        os.environ.get("RANK")
+        or os.environ.get("SLURM_PROCID")
+        or os.environ.get("LOCAL_RANK")
+        or "0"
+    ) == "0"
+
+
+def _text(path: Path | None) -> str | None:
+    return str(path) if path is not None else None

@@ -1,0 +1,32 @@
+"""Run a verb that is one function: its signature is the command line, its ``Args:`` the help."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from fine_tune.errors import UserError, nearest
+
+
+def run_function(verb: str, function: Callable[..., Any], args: list[str]) -> int:
+    """Parse ``args`` by the function's signature and call it; return the exit code."""
+    parser = ArgumentParser(prog=f"python -m fine_tune {verb}", exit_on_error=False)
+    parser.add_function_arguments(function, as_positional=False)
+    known = [option for action in parser._actions for option in action.option_strings]
+    unknown = [
+        arg.split("=")[0] for arg in args if arg.startswith("--") and arg.split("=")[0] not in known
+    ]
+    try:
+        if unknown:
+            raise UserError(*(f"unknown flag '{flag}'{nearest(flag, known)}" for flag in unknown))
+        try:
+            values = parser.parse_args(args)
+        except Exception as error:  # jsonargparse raises errors of several classes
+            raise UserError(str(error).strip()) from error
+        function(**values.as_dict())
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,324 @@
+"""Find everything wrong with YAML and flags at once, with file and line, before anything is built.
+
+Each setting is tried alone against the class it belongs to; what passes goes on to LightningCLI's own parser.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from fine_tune.errors import UserError, nearest
+
+SECTIONS = {"model": LightningModule, "data": LightningDataModule}
+SECRET_KEY = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value the user gave.
+
+    Args:
+        key: Like ``data.batch_size``, without ``init_args``.
+        value: As YAML gave it; a text for a flag.
+        where: ``configs/x.yaml:7``, or the flag itself.
+        from_flag: Whether it stood on the command line.
+    """
+
+    key: str
+    value: Any
+    where: str
+    from_flag: bool = False
+
+
+def check_settings(args: list[str], parser: Any, classes: dict[str, type]) -> None:
+    """Check every setting of the command line and of the YAML files it names.
+
+    Args:
+        args: Everything behind the verb.
+        parser: The verb's parser, for the keys that belong to no class.
+        classes: Classes of the sections that are always the same: trainer and the forced callbacks.
+
+    Raises:
+        UserError: One line per problem.
+    """
+    flags, files = _split_flags(args)
+    settings: list[Setting] = []
+    problems: list[str] = []
+    for file in files:
+        found, wrong = read_yaml(file)
+        settings += found
+        problems += wrong
+    broken = (
+        bool(problems) and not settings
+    )  # a file that cannot be read says nothing of what it lacks
+    settings += flags
+    classes = {**classes, **_section_classes(settings, problems, complete=not broken)}
+    top_level = sorted(
+        {action.dest.split(".")[0] for action in parser._actions if action.dest != "help"}
+    )
+    parsers = {section: _class_parser(cls) for section, cls in classes.items()}
+    for setting in settings:
+        problems += _check_setting(setting, top_level, parsers, classes)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+
+
+def read_yaml(file: str) -> tuple[list[Setting], list[str]]:
+    """Read a YAML file into settings, each with its line.
+
+    Returns:
+        The settings, and the problems: missing file, syntax, duplicate keys, tags that would build objects.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        return [], [f"--config: '{file}' cannot be read: {error.strerror}"]
+    except UnicodeDecodeError:
+        return [], [f"--config: '{file}' is not UTF-8 text"]
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else file
+        return [], [f"{where}: YAML: {getattr(error, 'problem', None) or error}"]
+    if root is None:
+        return [], []
+    if not isinstance(root, yaml.MappingNode):
+        return [], [f"{file}:1: a mapping of keys is wanted"]
+    problems: list[str] = []
+    return list(_walk(root, "", file, problems, depth=0)), problems
+
+
+def _walk(
+    node: yaml.MappingNode, prefix: str, file: str, problems: list[str], depth: int
+) -> Iterator[Setting]:
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        where = f"{file}:{key_node.start_mark.line + 1}"
+        key = str(key_node.value)
+        if key in seen:
+            problems.append(f"{where}: duplicate key '{key}' (first in line {seen[key]})")
+        seen[key] = key_node.start_mark.line + 1
+        path = prefix if key == "init_args" and depth == 1 else f"{prefix}{key}"
+        opens = depth == 0 or (depth == 1 and key == "init_args" and prefix.rstrip(".") in SECTIONS)
+        if opens and isinstance(value_node, yaml.MappingNode):
+            inner = path if key == "init_args" else f"{path}."
+            yield from _walk(value_node, inner, file, problems, depth + 1)
+            continue
+        try:
+            value = yaml.SafeLoader("").construct_document(value_node)
+        except yaml.YAMLError as error:
+            problems.append(f"{where}: YAML: {getattr(error, 'problem', None) or error}")
+            continue
+        _find_duplicates(value_node, file, problems)
+        yield Setting(path, value, where)
+
+
+def _find_duplicates(node: yaml.Node, file: str, problems: list[str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key_node, value_node in node.value:
+            if key_node.value in seen:
+                problems.append(
+                    f"{file}:{key_node.start_mark.line + 1}: duplicate key '{key_node.value}'"
+                )
+            seen.add(key_node.value)
+            _find_duplicates(value_node, file, problems)
+
+
+def _split_flags(args: list[str]) -> tuple[list[Setting], list[str]]:
+    flags, files, i = [], [], 0
+    while i < len(args):
+        arg = args[i]
+        if not arg.startswith("-"):
+            raise UserError(f"'{arg}': a flag was expected here, like --data.batch_size 8")
+        name, equals, value = arg.partition("=")
+        if not equals:
+            i += 1
+            if i >= len(args):
+                raise UserError(f"{arg}: a value is missing")
+            value = args[i]
+        i += 1
+        if name in ("--config", "-c"):
+            files.append(value)
+        else:
+            flags.append(
+                Setting(name.lstrip("-").replace(".init_args.", "."), value, name, from_flag=True)
+            )
+    return flags, files
+
+
+def _section_classes(
+    settings: list[Setting], problems: list[str], *, complete: bool
+) -> dict[str, type]:
+    classes: dict[str, type] = {}
+    for setting in settings:
+        section = setting.key.removesuffix(".class_path")
+        if section not in SECTIONS or not isinstance(setting.value, str):
+            continue
+        found, problem = _import_class(setting.value, section)
+        if found is not None:
+            classes[section] = found
+        else:
+            problems.append(f"{setting.where}: {problem}")
+    for section in SECTIONS if complete else ():
+        if section not in classes and not any(
+            s.key in (section, f"{section}.class_path") for s in settings
+        ):
+            examples = "fine_tune.modules.SFT" if section == "model" else "fine_tune.data.SFTData"
+            problems.append(f"{section}: no class given; set {section}.class_path, like {examples}")
+    return classes
+
+
+def _import_class(path: str, section: str) -> tuple[type | None, str]:
+    home = "fine_tune.modules" if section == "model" else "fine_tune.data"
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name or home)
+    except ImportError:
+        module = importlib.import_module(home)
+    found = getattr(module, name, None)
+    if inspect.isclass(found) and issubclass(found, SECTIONS[section]):
+        return found, ""
+    known = [f"{home}.{n}" for n in importlib.import_module(home).__all__]
+    return (
+        None,
+        f"'{path}' is not a {SECTIONS[section].__name__}{nearest(path, known) or '; known: ' + ', '.join(known)}",
+    )
+
+
+def _class_parser(cls: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, fail_untyped=False, sub_configs=True)
+    return parser
+
+
+def _check_setting(
+    setting: Setting,
+    top_level: list[str],
+    parsers: dict[str, ArgumentParser],
+    classes: dict[str, type],
+) -> list[str]:
+    section, _, rest = setting.key.partition(".")
+    secret = _looks_secret(setting)
+    if secret:
+        return [secret]
+    if section not in top_level:
+        known = [*top_level, *(f"{s}.{name}" for s, p in parsers.items() for name in _names(p))]
+        return [
+            f"{_where(setting)}: unknown {_kind(setting, section)}{nearest(setting.key, known)}"
+        ]
+    if rest in ("", "class_path") or section not in parsers:
+        return []
+    parser, names = parsers[section], _names(parsers[section])
+    name = rest.split(".")[0]
+    name = name.removesuffix("+")
+    if name not in names:
+        close = nearest(name, names)
+        if close and setting.from_flag:
+            close = close.replace("'", f"'--{section}.", 1)
+        return [
+            f"{_where(setting)}: unknown {_kind(setting, name)} of {classes[section].__name__}{close}"
+        ]
+    if section == "trainer" and name in ("callbacks", "logger", "plugins", "strategy"):
+        return []  # classes by path: LightningCLI's parser knows them
+    try:
+        if setting.from_flag:
+            parser.parse_args([f"--{rest}={setting.value}"], _skip_validation=True)
+        else:
+            parser.parse_object({name: setting.value}, _skip_validation=True)
+    except Exception as error:  # jsonargparse raises errors of several classes
+        if name == "optimizer" and "class_path" not in str(error) and "accepted" not in str(error):
+            return [
+                f"{_where(setting)}: {setting.key}: '{setting.value}' is not an optimizer; like torch.optim.AdamW"
+            ]
+        return [
+            f"{_where(setting)}: {setting.key}: {innermost(str(error), classes[section], name)}"
+        ]
+    return []
+
+
+def innermost(message: str, cls: type | None = None, name: str = "") -> str:
+    """Reduce jsonargparse's nested report to the line that tells the user what is wrong."""
+    not_accepted = re.findall(
+        r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected", message
+    )
+    if not_accepted:
+        option = not_accepted[-1][0] or not_accepted[-1][1]
+        known = _inner_options(cls, name) if cls else []
+        return f"unknown option '{option}'{nearest(option.split('.')[-1], known)}"
+    lines = [line.strip(" -") for line in message.splitlines()]
+    telling = [
+        line
+        for line in lines
+        if re.match(r"(Expected|Invalid|Unexpected|Unable|Import|Problem)", line)
+    ]
+    telling = [
+        line
+        for line in telling
+        if "NoneType" not in line and not line.startswith("Problem with given class")
+    ]
+    given = [line for line in lines if line.startswith("Given value:")]
+    told = "; ".join(dict.fromkeys(telling)) or " ".join(" ".join(lines).split())
+    told = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", told)
+    told = told.replace("Expected a int", "Expected an int")
+    told = re.sub(r"(?:typing|collections\.abc)\.", "", told)
+    return told + (
+        f" ({given[-1]})" if given and "Got value" not in told and "got" not in told else ""
+    )
+
+
+def _inner_options(cls: type, name: str) -> list[str]:
+    if name == "lora":
+        from peft import LoraConfig
+
+        return list(inspect.signature(LoraConfig).parameters)
+    if name == "sources":
+        from fine_tune.data.sources import Source
+
+        return list(inspect.signature(Source).parameters)
+    if name == "optimizer":
+        from torch.optim import AdamW
+
+        return list(inspect.signature(AdamW).parameters)
+    return list(inspect.signature(cls).parameters)
+
+
+def _names(parser: ArgumentParser) -> list[str]:
+    return sorted(
+        {
+            action.dest.split(".")[0]
+            for action in parser._actions
+            if action.dest not in ("help", "print_shtab")
+        }
+    )
+
+
+def _where(setting: Setting) -> str:
+    return "command line" if setting.from_flag else setting.where
+
+
+def _kind(setting: Setting, name: str) -> str:
+    return f"flag '{setting.where}'" if setting.from_flag else f"key '{name}'"
+
+
+def _looks_secret(setting: Setting) -> str | None:
+    last = setting.key.split(".")[-1]
+    if not isinstance(setting.value, str) or "revision" in last:
+        return None
+    named = SECRET_KEY.search(last) and last != "tokenizer"
+    if setting.value and (named or SECRET_VALUE.search(setting.value)):
+        return (
+            f"{_where(setting)}: '{setting.key}' looks like a secret; "
+            "put it in the environment (HF_TOKEN, WANDB_API_KEY)"
+        )
+    return None

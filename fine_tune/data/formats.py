@@ -1,0 +1,262 @@
+"""A raw row -> a conversation, or a prompt with its completion, or a text: the first step of the straight line.
+
+Each format is one function ``(row, source) -> Example``; the example says which of the three it is by its keys.
+"""
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from fine_tune.errors import UserError, nearest
+
+Row = Mapping[str, Any]
+FormatName = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text"]
+
+
+class Example(TypedDict, total=False):
+    """Either ``prompt`` and ``completion``, or ``messages`` (and ``tools``), or ``text``."""
+
+    prompt: str
+    completion: str
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Templates:
+    """How to read the rows of one source: a format name and, for prompt and completion, their templates."""
+
+    format: FormatName | None
+    prompt: str | None
+    completion: str | None
+
+
+class RowError(Exception):
+    """A row that does not have what its format wants; the caller adds the file and the row's number."""
+
+
+def detect_format(columns: list[str], templates: Templates, where: str) -> FormatName:
+    """Name the format of a source from its templates and columns.
+
+    Raises:
+        UserError: Nothing fits, with the fields seen and the fields each format wants.
+    """
+    if templates.format is not None:
+        return templates.format
+    seen = set(columns)
+    if (
+        templates.prompt is not None
+        or templates.completion is not None
+        or {"prompt", "completion"} <= seen
+    ):
+        return "prompt_completion"
+    if "messages" in seen:
+        return "messages"
+    if "conversations" in seen:
+        return "sharegpt"
+    if {"instruction", "output"} <= seen:
+        return "alpaca"
+    if "text" in seen:
+        return "text"
+    raise UserError(
+        f"{where}: no known format has the fields {sorted(seen)}; say how to read them with data.prompt and "
+        "data.completion, like prompt: 'Question: {question}' and completion: ' {answer}', or use the fields of a "
+        "format: prompt+completion, messages, conversations (sharegpt), instruction+output (alpaca), text"
+    )
+
+
+def check_templates(templates: Templates, columns: list[str], where: str) -> None:
+    """Refuse templates that are malformed or name fields the rows do not have.
+
+    Raises:
+        UserError: One line per field that is missing, with the fields seen.
+    """
+    if (templates.prompt is None) != (templates.completion is None):
+        given, absent = (
+            ("prompt", "completion") if templates.completion is None else ("completion", "prompt")
+        )
+        if absent not in columns:
+            raise UserError(
+                f"{where}: data.{given} is given but data.{absent} is not, and no field has that name"
+            )
+    problems = []
+    for key, template in (("prompt", templates.prompt), ("completion", templates.completion)):
+        for name in _template_fields(template, f"data.{key}") if template is not None else []:
+            if name not in columns:
+                problems.append(
+                    f"{where}: data.{key} wants the field '{name}', the rows have {sorted(columns)}"
+                    f"{nearest(name, columns)}"
+                )
+    if problems:
+        raise UserError(*problems)
+
+
+def prompt_completion(row: Row, templates: Templates) -> Example:
+    """``prompt`` and ``completion`` as fields, or as templates over any fields."""
+    prompt = _fill(templates.prompt, row) if templates.prompt is not None else _text(row, "prompt")
+    completion = (
+        _fill(templates.completion, row)
+        if templates.completion is not None
+        else _text(row, "completion")
+    )
+    if not completion.strip():
+        raise RowError("the completion is empty")
+    return {"prompt": prompt, "completion": completion}
+
+
+def messages(row: Row, _: Templates) -> Example:
+    """``messages: [{role, content}, ...]`` and optionally ``tools``, for the tokenizer's chat template."""
+    turns = _list(row, "messages")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise RowError(
+                f"messages[{i}] must be an object with 'role' and 'content', got {_short(turn)}"
+            )
+        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
+            raise RowError(
+                f"messages[{i}].content must be a text, got {_short(turn.get('content'))}"
+            )
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    check_roles([str(turn["role"]) for turn in turns])
+    return {"messages": turns, "tools": row.get("tools") or None}
+
+
+def alpaca(row: Row, _: Templates) -> Example:
+    """``instruction``, optional ``input``, ``output``: Stanford Alpaca's published prompts."""
+    instruction, given, output = (
+        _text(row, "instruction"),
+        row.get("input") or "",
+        _text(row, "output"),
+    )
+    if not output.strip():
+        raise RowError("the output is empty")
+    if given:
+        prompt = (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{given}\n\n### Response:\n"
+        )
+    else:
+        prompt = (
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Response:\n"
+        )
+    return {"prompt": prompt, "completion": output}
+
+
+def sharegpt(row: Row, _: Templates) -> Example:
+    """``conversations: [{from: human|gpt|system, value}, ...]``."""
+    roles = {
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "system": "system",
+    }
+    turns = []
+    for i, turn in enumerate(_list(row, "conversations")):
+        if (
+            not isinstance(turn, Mapping)
+            or turn.get("from") not in roles
+            or not isinstance(turn.get("value"), str)
+        ):
+            raise RowError(
+                f"conversations[{i}] must have 'from' in {sorted(roles)} and a text 'value': {_short(turn)}"
+            )
+        turns.append({"role": roles[turn["from"]], "content": turn["value"]})
+    check_roles([turn["role"] for turn in turns])
+    return {"messages": turns, "tools": None}
+
+
+def text(row: Row, _: Templates) -> Example:
+    """``text``: every token is learned."""
+    value = _text(row, "text")
+    if not value.strip():
+        raise RowError("the text is empty")
+    return {"text": value}
+
+
+FORMATS: dict[FormatName, Callable[[Row, Templates], Example]] = {
+    "prompt_completion": prompt_completion,
+    "messages": messages,
+    "alpaca": alpaca,
+    "sharegpt": sharegpt,
+    "text": text,
+}
+
+
+def check_roles(roles: list[str]) -> None:
+    """Refuse a conversation whose roles are unknown, out of order, or without an assistant turn."""
+    allowed = ("system", "user", "assistant", "tool")
+    for i, role in enumerate(roles):
+        if role not in allowed:
+            raise RowError(
+                f"messages[{i}] has role '{role}'; allowed: {', '.join(allowed)}{nearest(role, list(allowed))}"
+            )
+        if role == "system" and i > 0:
+            raise RowError(f"messages[{i}] is a system turn; only the first may be")
+        if role == "assistant" and (i == 0 or roles[i - 1] not in ("user", "tool")):
+            raise RowError(
+                f"messages[{i}] is an assistant turn that follows {roles[i - 1] if i else 'nothing'}"
+            )
+        if role == "user" and i > 0 and roles[i - 1] == "user":
+            raise RowError(f"messages[{i}] is the second user turn in a row")
+    if "assistant" not in roles:
+        raise RowError("no assistant turn, so nothing to learn")
+
+
+def _template_fields(template: str, key: str) -> list[str]:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(
+            f"{key}: {error} in {template!r}; write a literal brace as {{{{ or }}}}"
+        ) from error
+    names = [name for _, name, _, _ in parts if name is not None]
+    bad = [
+        name for name in names if not name or not name.replace("_", "a").replace("-", "a").isalnum()
+    ]
+    if bad:
+        raise UserError(
+            f"{key}: '{{{bad[0]}}}' is not a field name; a template holds names of fields only"
+        )
+    return names
+
+
+def _fill(template: str, row: Row) -> str:
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if name is not None:
+            parts.append(_text(row, name))
+    return "".join(parts)
+
+
+def _text(row: Row, name: str) -> str:
+    if name not in row:
+        raise RowError(
+            f"the field '{name}' is missing; the row has {sorted(row)}{nearest(name, list(row))}"
+        )
+    value = row[name]
+    if value is None:
+        raise RowError(f"the field '{name}' is null; a text is wanted")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(f"the field '{name}' must be a text or a number, got {_short(value)}")
+    return str(value)
+
+
+def _list(row: Row, name: str) -> list[Any]:
+    value = row.get(name)
+    if not isinstance(value, list) or not value:
+        raise RowError(
+            f"the field '{name}' must be a list of turns, got {_short(value)}; the row has {sorted(row)}"
+        )
+    return value
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -1,0 +1,23 @@
+"""The one exception for the user's mistakes: shown as text, exit code 2, no traceback."""
+
+
+class UserError(ValueError):
+    """One or more problems the user can fix.
+
+    Everything else that escapes is a defect of ours and keeps its traceback.
+
+    Args:
+        problems: Each reads ``where: what was given, what is allowed; how to fix it``.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
+    from difflib import get_close_matches
+
+    matches = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,208 @@
+"""Loggers that go on where a killed run stopped, and that never stop a run."""
+
+import csv
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger("fine_tune")
+METRICS_FILE = "metrics.csv"
+LEADING_COLUMNS = (
+    "step",
+    "epoch",
+    "train/loss",
+    "lr",
+    "grad_norm",
+    "perf/tokens_per_second",
+    "val/loss",
+)
+
+
+class MetricsCSV(Logger):
+    """Write one row per logged optimizer step to ``metrics.csv``; row ``step=N`` is the N-th step, from 1.
+
+    Values logged for the same step share its row. Reopening keeps the rows up to the step that training goes on from.
+
+    Args:
+        folder: The run folder.
+        keep_until: Keep rows up to this step; later ones are redone by the resumed run.
+    """
+
+    def __init__(self, folder: Path, keep_until: int = 0) -> None:
+        super().__init__()
+        self.folder, self.file = Path(folder), Path(folder) / METRICS_FILE
+        self._rows: list[dict[str, str]] = []
+        self._columns: list[str] = list(LEADING_COLUMNS)
+        self._written_until = 0  # bytes of complete earlier rows
+        if self.file.is_file():
+            with open(self.file, newline="") as handle:
+                reader = csv.DictReader(handle)
+                rows = [
+                    row
+                    for row in reader
+                    if row["step"].isdigit() and int(row["step"]) <= keep_until
+                ]
+                self._columns = list(reader.fieldnames or self._columns)
+            self._rewrite(rows)
+        self._last: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def version(self) -> str:
+        return self.folder.name
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder itself: Lightning takes ``trainer.log_dir`` from it."""
+        return str(self.folder)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: ``config.yaml`` holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the row of a step, or add to it when it is the last one written."""
+        row = {
+            "step": str(int(step or 0)),
+            **{key: f"{float(value):.10g}" for key, value in metrics.items()},
+        }
+        same_step = self._last.get("step") == row["step"]
+        self._last = {**self._last, **row} if same_step else row
+        new = [key for key in row if key not in self._columns]
+        if new or not self.file.is_file():
+            rows = self._read()[: -1 if same_step else None] if self.file.is_file() else []
+            self._columns += new
+            self._rewrite(rows)
+        with open(self.file, "r+", newline="") as handle:
+            if same_step:
+                handle.truncate(self._written_until)
+            handle.seek(0, os.SEEK_END)
+            self._written_until = handle.tell()
+            csv.DictWriter(handle, self._columns).writerow(self._last)
+
+    def _read(self) -> list[dict[str, str]]:
+        with open(self.file, newline="") as handle:
+            return list(csv.DictReader(handle))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        unfinished = self.file.with_name(f".{METRICS_FILE}.unfinished")
+        with open(unfinished, "w", newline="") as handle:
+            writer = csv.DictWriter(handle, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            self._written_until = handle.tell()
+        unfinished.replace(self.file)
+
+
+class QuietWandb(Logger):
+    """Weights & Biases where it is installed and logged in; any failure is one line, and local records go on.
+
+    Args:
+        folder: The run folder.
+        project: Project on the server.
+    """
+
+    def __init__(self, folder: Path, project: str = "fine_tune") -> None:
+        super().__init__()
+        self.folder, self.project = Path(folder), project
+        self._run: Any = None
+        self._off = False
+
+    @property
+    def name(self) -> str:
+        return self.project
+
+    @property
+    def version(self) -> str:
+        return self.folder.name
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: ``config.yaml`` holds them, and may hold what should stay here."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send metrics; the first failure switches this logger off."""
+        if self._off:
+            return
+        try:
+            if self._run is None:
+                self._run = self._start()
+            self._run.log({**metrics, "trainer/global_step": step})
+        except Exception as error:
+            self._give_up(error)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._run is not None and not self._off:
+            try:
+                self._run.finish(exit_code=0 if status == "success" else 1, quiet=True)
+            except Exception as error:
+                self._give_up(error)
+
+    def _start(self) -> Any:
+        import wandb
+
+        settings = wandb.Settings(init_timeout=4, silent=True)
+        name = f"{self.folder.parent.name}-{self.folder.name}"
+        options: dict[str, Any] = {
+            "project": self.project,
+            "name": name,
+            "dir": str(self.folder),
+            "settings": settings,
+        }
+        try:
+            return wandb.init(**options, resume="allow", id=name)
+        except Exception as error:
+            log.info(
+                "W&B is not reached (%s); logging it offline in %s",
+                _first_line(error),
+                self.folder / "wandb",
+            )
+            return wandb.init(**options, mode="offline")
+
+    def _give_up(self, error: Exception) -> None:
+        self._off = True
+        log.info(
+            "W&B is off for this run (%s); metrics.csv and TensorBoard go on", _first_line(error)
+        )
+
+
+def default_loggers(folder: Path, keep_until: int = 0) -> list[Logger]:
+    """Return CSV first (it decides where the run lies), TensorBoard, and W&B where there is a login for it."""
+    tensorboard = TensorBoardLogger(
+        save_dir=str(folder.parent.parent),
+        name=folder.parent.name,
+        version=folder.name,
+        default_hp_metric=False,
+        purge_step=keep_until + 1 if keep_until else None,
+    )
+    loggers: list[Logger] = [MetricsCSV(folder, keep_until), tensorboard]
+    if _wandb_login():
+        loggers.append(QuietWandb(folder))
+    return loggers
+
+
+def _wandb_login() -> bool:
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return False
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline":
+        return True
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,361 @@
+"""Load a causal language model and its tokenizer from a folder, a hub name or a config; add LoRA.
+
+Nothing here executes downloaded code or unpickles weights. Every check that needs no weights runs first.
+"""
+
+import copy
+import inspect
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fine_tune.errors import UserError, nearest
+
+log = logging.getLogger("fine_tune")
+
+
+def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Find where a model or tokenizer comes from, without loading it.
+
+    Args:
+        key: The config key that named it, for the error.
+        name: A local folder, or ``owner/name`` on the hub.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The folder or hub name, and the exact commit on the hub (None for a folder).
+
+    Raises:
+        UserError: Not a folder, and not to be had from the hub or its cache.
+    """
+    if Path(name).is_dir():
+        return name, None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise UserError(
+            f"{key}: folder '{name}' does not exist; give a model folder or a hub name like 'owner/name'"
+        )
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return name, Path(cached).parent.name
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{key}: '{name}' is not a folder and not in the hub's cache, and HF_HUB_OFFLINE is set"
+        )
+    try:
+        return name, HfApi().model_info(name, revision=revision, timeout=5).sha
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{key}: '{name}' is neither a folder here nor to be had from the hub ({type(error).__name__}: {reason}); "
+            "check the name, the connection and, for gated models, the login"
+        ) from error
+
+
+def load_tokenizer(key: str, name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a pad token pads with its EOS (labels are masked by position, so it is safe).
+
+    Raises:
+        UserError: It cannot be found or read, or it has no EOS token.
+    """
+    source, commit = resolve_source(key, name, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=commit or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{key}: no tokenizer can be loaded from '{name}': {_first_line(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key}: the tokenizer of '{name}' has no EOS token, so a model could never learn to stop; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(
+    name: str | None, revision: str | None, from_config: dict[str, Any] | None
+) -> PreTrainedConfig:
+    """Read a model's config from a folder or the hub, or build one from its fields.
+
+    Args:
+        name: Model folder or hub name; exactly one of ``name`` and ``from_config`` is given.
+        revision: Revision on the hub.
+        from_config: ``{model_type: llama, hidden_size: 64, ...}`` or ``{class: LlamaConfig, ...}``.
+
+    Raises:
+        UserError: Unknown model type or field, a value of the wrong type, or a model that needs hub code.
+    """
+    if from_config is not None:
+        return _config_from_fields(from_config)
+    assert name is not None
+    source, commit = resolve_source("model.model_name_or_path", name, revision)
+    if Path(source).is_dir():
+        check_model_folder(Path(source))
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=commit or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.model_name_or_path: config of '{name}': {_first_line(error)}"
+        ) from error
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse, before anything loads, a folder whose weights are absent, incomplete or pickled.
+
+    Raises:
+        UserError: Says which file is missing or not accepted, and how to convert it.
+    """
+    where = f"model.model_name_or_path: '{folder}'"
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{where} holds a LoRA adapter, not a model; merge it into its base first"
+            )
+        raise UserError(f"{where} has no config.json; give the folder that save_pretrained() wrote")
+    auto_map = json.loads((folder / "config.json").read_text()).get("auto_map")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    if auto_map and model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"{where} needs code from the hub (auto_map), which is never executed; use a built-in model"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"{where}: shard(s) missing: {', '.join(missing)}; copy the folder again"
+            )
+    elif not list(folder.glob("*.safetensors")):
+        if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
+            raise UserError(
+                f"{where} has only pickled weights, which can execute code on load; convert them where you trust them: "
+                "model.save_pretrained(folder) writes safetensors"
+            )
+        raise UserError(f"{where} has no weights (*.safetensors)")
+
+
+def override_config(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """Return a copy of the config with the given fields replaced.
+
+    Raises:
+        UserError: A field the model's config does not have.
+    """
+    config = copy.deepcopy(config)
+    known = _config_fields(type(config))
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        raise UserError(
+            *(_unknown_field("model.config", key, type(config), known) for key in unknown)
+        )
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    return config
+
+
+def load_model(
+    config: PreTrainedConfig,
+    name: str | None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load weights in safetensors, or initialise them at random when ``name`` is None.
+
+    Args:
+        config: The model's config, overrides applied.
+        name: Model folder or hub name, or None.
+        revision: Revision on the hub.
+        dtype: Type of the weights in memory.
+        attn_implementation: ``sdpa``, ``eager``, ... or None for the model's default.
+
+    Raises:
+        UserError: Weights that do not fit the config.
+    """
+    config = copy.deepcopy(config)  # the attention implementation is written into it
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if name is None:
+        return AutoModelForCausalLM.from_config(config, **options)
+    source, commit = resolve_source("model.model_name_or_path", name, revision)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=commit or "main",
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"model.model_name_or_path: weights of '{name}': {_first_line(error)}"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"model.model_name_or_path: '{name}' lacks {len(missing)} of the weights its config asks for "
+            f"(first: {missing[0]}); they would have been random"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def add_lora(model: PreTrainedModel, lora: Any) -> Any:
+    """Wrap a model in trainable LoRA adapters and freeze the rest.
+
+    Args:
+        model: The base model.
+        lora: A ``peft.LoraConfig``; its target names must exist in the model.
+
+    Raises:
+        UserError: Targets that do not exist, with the linear layers that do.
+    """
+    from peft import get_peft_model
+
+    lora = copy.deepcopy(lora)
+    lora.task_type = "CAUSAL_LM"
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise UserError(f"model.lora: {_first_line(error)}") from error
+        names = linear_layer_names(model)
+        raise UserError(
+            f"model.lora.target_modules: {sorted(lora.target_modules or [])} are not in this "
+            f"{type(model).__name__}; its linear layers are named: {', '.join(names)}"
+        ) from error
+
+
+def check_lora(config: PreTrainedConfig, lora: Any) -> None:
+    """Try LoRA on the model's shape, without weights or memory.
+
+    Raises:
+        UserError: Targets that do not exist, with the linear layers that do.
+    """
+    with torch.device("meta"):
+        add_lora(AutoModelForCausalLM.from_config(copy.deepcopy(config)), lora)
+
+
+def linear_layer_names(model: torch.nn.Module) -> list[str]:
+    """List the last part of the name of every linear layer (GPT-2's Conv1D included) but the LM head."""
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    names = {
+        n.split(".")[-1]
+        for n, m in model.named_modules()
+        if type(m).__name__ in kinds and m is not head
+    }
+    return sorted(names)
+
+
+def _config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
+    fields = dict(fields)
+    model_type, class_name = fields.pop("model_type", None), fields.pop("class", None)
+    where = "model.from_config"
+    if (model_type is None) == (class_name is None):
+        raise UserError(f"{where}: give either model_type (like llama) or class (like LlamaConfig)")
+    if class_name is not None:
+        config_class = getattr(transformers, str(class_name).removeprefix("transformers."), None)
+        if not (inspect.isclass(config_class) and issubclass(config_class, PreTrainedConfig)):
+            raise UserError(f"{where}.class: transformers has no config class '{class_name}'")
+    else:
+        known_types = sorted(
+            transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        )
+        if model_type not in known_types:
+            raise UserError(
+                f"{where}.model_type: transformers has no causal language model '{model_type}'"
+                f"{nearest(str(model_type), known_types) or '; for example llama, gpt2, phi, qwen2, qwen3_moe'}"
+            )
+        config_class = transformers.CONFIG_MAPPING[model_type]
+    known = _config_fields(config_class)
+    unknown = [key for key in fields if key not in known]
+    if unknown:
+        raise UserError(*(_unknown_field(where, key, config_class, known) for key in unknown))
+    try:
+        return config_class(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    own = [
+        p
+        for p in inspect.signature(config_class.__init__).parameters
+        if p not in ("self", "kwargs")
+    ]
+    return sorted({*own, *config_class.attribute_map, "rope_theta", "rope_scaling"})
+
+
+def _unknown_field(where: str, key: str, config_class: type, known: list[str]) -> str:
+    return f"{where}: {config_class.__name__} has no field '{key}'{nearest(key, known)}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def restore_weights(model: Any, folder: Path) -> None:
+    """Copy the weights of a checkpoint folder into a model of the same kind, bit for bit.
+
+    Raises:
+        UserError: The folder holds other weights than the model: full instead of adapter, another base, rank or
+            shape.
+    """
+    from peft import PeftModel
+
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if isinstance(model, PeftModel) != has_adapter:
+        kinds = ("an adapter", "full weights") if has_adapter else ("full weights", "an adapter")
+        raise UserError(
+            f"ckpt_path: '{folder}' holds {kinds[0]}, but the config trains {kinds[1]} (model.lora)"
+        )
+    if isinstance(model, PeftModel):
+        _restore_adapter(model, folder)
+    else:
+        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
+
+
+def _restore_adapter(model: Any, folder: Path) -> None:
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    now = model.active_peft_config
+    for field in ("base_model_name_or_path", "r", "lora_alpha"):
+        if saved.get(field) != getattr(now, field):
+            raise UserError(
+                f"ckpt_path: the adapter in '{folder}' has {field} {saved.get(field)!r}, the config gives "
+                f"{getattr(now, field)!r}; an adapter fits only the base and shape it was trained with"
+            )
+    weights = load_peft_weights(str(folder), device="cpu")
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if wanted != set(weights):
+        different = sorted(wanted ^ set(weights))
+        raise UserError(
+            f"ckpt_path: the adapter in '{folder}' has other layers than the config's (first: {different[0]})"
+        )
+    set_peft_model_state_dict(model, weights)

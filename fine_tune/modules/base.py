@@ -1,0 +1,496 @@
+"""The optimizer step: micro-batches forward and backward, one division, one synchronisation, one update.
+
+Lightning's automatic optimization stays in charge of clipping, precision, scaler and schedule. ``training_step`` runs
+the backwards itself and returns a detached loss, so Lightning's own backward finds nothing to do.
+"""
+
+import hashlib
+import os
+import random
+import time
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from fine_tune import models
+from fine_tune.batches import DataPlan, cut_by_tokens, data_of, log_interval, plan_of
+from fine_tune.errors import UserError
+from fine_tune.modules.metrics import TokenMetrics
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+_HF_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
+_WSD_DECAY_SHARE = 0.1  # of all steps, the decay phase of warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4)
+
+
+class StepModule(LightningModule):
+    """Base of all modules: builds the model, and takes one optimizer step per batch.
+
+    A subclass says what a batch costs: ``loss_count`` (the divisor), ``loss_sum`` of a micro-batch, and
+    ``evaluate`` of one.
+
+    Args:
+        model_name_or_path: Model folder, or ``owner/name`` on the hub.
+        revision: Branch, tag or commit on the hub.
+        from_config: Instead of a name, a new model with random weights: ``{model_type: llama, hidden_size: 64, ...}``
+            or ``{class: LlamaConfig, ...}``. Vocabulary size and special ids default to the tokenizer's.
+        config: Fields of the model's own config to replace, like ``{attention_dropout: 0.1}``.
+        tokenizer: Folder or hub name of the tokenizer. None: the model's.
+        dtype: Type of the weights in memory. auto: float32; bfloat16 under LoRA on a GPU that has it.
+        attn_implementation: sdpa, eager, flex_attention ... None: the model's default.
+        lora: LoRA settings with peft's own names (r, lora_alpha, lora_dropout, target_modules ...). None: train all.
+        gradient_checkpointing: Recompute activations in the backward pass: about a third slower, far less memory.
+        optimizer: Any torch or bitsandbytes optimizer; matrices decay by its ``weight_decay``, vectors do not.
+        lr_scheduler: Shape of the learning rate after warm-up.
+        warmup_steps: Optimizer steps of linear warm-up.
+        warmup_ratio: The same as a share of the run's steps; give one of the two.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        revision: str | None = None,
+        from_config: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        attn_implementation: str | None = None,
+        lora: LoraConfig | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
+        lr_scheduler: Schedule = "cosine",
+        warmup_steps: int | None = None,
+        warmup_ratio: float | None = None,
+    ) -> None:
+        super().__init__()
+        problems = []
+        if (model_name_or_path is None) == (from_config is None):
+            given = "both" if from_config is not None else "neither"
+            problems.append(
+                f"model.model_name_or_path, model.from_config: give one of them, {given} given"
+            )
+        if warmup_steps is not None and warmup_ratio is not None:
+            problems.append("model.warmup_steps, model.warmup_ratio: give one of them, not both")
+        if warmup_steps is not None and warmup_steps < 0:
+            problems.append(f"model.warmup_steps: must not be negative, got {warmup_steps}")
+        if warmup_ratio is not None and not 0 <= warmup_ratio <= 1:
+            problems.append(f"model.warmup_ratio: must lie between 0 and 1, got {warmup_ratio}")
+        problems += _optimizer_problems(optimizer)
+        if problems:
+            raise UserError(*problems)
+        self.model_name_or_path, self.revision = model_name_or_path, revision
+        self.from_config, self.config_overrides = from_config, config or {}
+        self.tokenizer_source = tokenizer or model_name_or_path
+        self.dtype_name, self.attn_implementation = dtype, attn_implementation
+        self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
+        self.strict_loading = (
+            False  # weights travel as Hugging Face files, restored in on_load_checkpoint
+        )
+        self.model: PreTrainedModel | PeftModel | None = None
+        self.metrics = TokenMetrics()
+        self._interval_tokens, self._interval_start, self._pause_start = 0, 0.0, 0.0
+
+    # ---- what a subclass says
+
+    @abstractmethod
+    def loss_count(self, batch: Any) -> int:
+        """Return what the summed loss of the batch is divided by, for this rank's rows."""
+
+    @abstractmethod
+    def loss_sum(self, micro_batch: Any) -> Tensor:
+        """Return the summed loss of a micro-batch, with its graph."""
+
+    @abstractmethod
+    def take_rows(self, batch: Any, rows: slice) -> Any:
+        """Return the micro-batch that holds these rows of the batch."""
+
+    @abstractmethod
+    def evaluate(self, micro_batch: Any) -> None:
+        """Add a micro-batch of an evaluation split to ``self.metrics``."""
+
+    # ---- the model
+
+    @property
+    def plan(self) -> DataPlan:
+        """What the data module planned for this run."""
+        return plan_of(self.trainer)
+
+    def setup(self, stage: str) -> None:
+        self.check(self.plan, self._tokenizer)
+
+    def check(self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Hold the data against the model's config, and LoRA against its layers, before weights load.
+
+        Raises:
+            UserError: Rows longer than the model's positions, ids outside its vocabulary, unknown LoRA targets, or a
+                warm-up longer than the planned epochs.
+        """
+        config = self.model_config(tokenizer)
+        positions, longest = max_positions(config), max(plan.longest_row.values())
+        problems = []
+        if positions is not None and longest > positions:
+            problems.append(
+                f"data.max_length: {plan.max_length} lets rows of {longest} tokens through, but the model has "
+                f"{positions} positions; set --data.max_length {positions}"
+            )
+        if plan.largest_token_id >= config.vocab_size:
+            problems.append(
+                f"model.tokenizer: it gives token id {plan.largest_token_id}, but the model's vocabulary has "
+                f"{config.vocab_size} entries; this is another model's tokenizer"
+            )
+        warmup = self.num_warmup_steps(plan)
+        if warmup > plan.planned_steps:
+            problems.append(
+                f"model.warmup_steps: {warmup} is longer than the {plan.planned_steps} steps of all epochs "
+                f"({plan.steps_per_epoch} per epoch); lower it or give model.warmup_ratio"
+            )
+        if problems:
+            raise UserError(*problems)
+        if self.lora is not None:
+            models.check_lora(config, self.lora)
+
+    def model_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+        """Return the model's config with the user's overrides; for a new model, the tokenizer's ids filled in."""
+        fields = self.from_config
+        if fields is not None:
+            ids = {
+                name: getattr(tokenizer, name)
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            }
+            fields = {"vocab_size": len(tokenizer), **ids, **fields}
+        config = models.load_config(self.model_name_or_path, self.revision, fields)
+        return models.override_config(config, self.config_overrides)
+
+    def configure_model(self) -> None:
+        """Load or initialise the weights, once."""
+        if self.model is not None:
+            return
+        seed_all(self._seed, "weights")
+        model = models.load_model(
+            self.model_config(self._tokenizer),
+            self.model_name_or_path,
+            revision=self.revision,
+            dtype=self._weights_dtype(),
+            attn_implementation=self.attn_implementation,
+        )
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        self.model = models.add_lora(model, self.lora) if self.lora is not None else model
+        self.model.train()
+
+    def configure_optimizers(self) -> Any:
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trainable if p.ndim >= 2]},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer([group for group in groups if group["params"]])
+        steps, warmup = self.plan.num_steps, self.num_warmup_steps(self.plan)
+        extra = {}
+        if self.lr_scheduler == "wsd":
+            decay = max(1, int(_WSD_DECAY_SHARE * steps))
+            extra = {"num_decay_steps": decay, "num_stable_steps": max(0, steps - warmup - decay)}
+        scheduler = get_scheduler(
+            _HF_SCHEDULES[self.lr_scheduler],
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=None if self.lr_scheduler == "wsd" else steps,
+            scheduler_specific_kwargs=extra,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def num_warmup_steps(self, plan: DataPlan) -> int:
+        """Return the optimizer steps of warm-up: as given, or the ratio of the run's steps rounded up."""
+        if self.warmup_ratio is not None:
+            return int(np.ceil(self.warmup_ratio * plan.num_steps))
+        return self.warmup_steps or 0
+
+    # ---- the step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Take one optimizer step's gradients: sum over all micro-batches and ranks, divided once."""
+        seed_all(self._seed, self.trainer.global_step, self.global_rank)
+        self.trainer.optimizers[0].zero_grad(set_to_none=True)
+        counts = torch.tensor([self.loss_count(batch), sum(batch["lengths"])], dtype=torch.float64)
+        count, num_tokens = self._sum_over_ranks(counts).tolist()
+        loss = torch.zeros((), device=self.device)
+        for rows in cut_by_tokens(batch["lengths"], self.plan.max_tokens_per_micro_batch):
+            micro_loss = self.loss_sum(self.take_rows(batch, rows)) / count
+            with torch.autocast(self.device.type, enabled=False):
+                self.trainer.strategy.backward(micro_loss, None)
+            loss += micro_loss.detach()
+        self._sum_gradients_over_ranks()
+        loss = self._sum_over_ranks(loss)
+        self._interval_tokens += int(num_tokens)
+        self._log_step(loss)
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward of a micro-batch; the detached loss that Lightning hands back has none."""
+        if loss.requires_grad:
+            loss.backward()
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the gradients: ``training_step`` cleared them before its first micro-batch."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the step's gradient, unscaled and before clipping."""
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_start(self) -> None:
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
+            wrapped.require_backward_grad_sync = (
+                False  # the step sums gradients once, after its last micro-batch
+            )
+        self._interval_tokens, self._interval_start = 0, time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step >= self.plan.num_steps:
+            self.trainer.should_stop = True  # validate after the last step, whatever the interval
+
+    def _log_step(self, loss: Tensor) -> None:
+        step = self.trainer.global_step + 1
+        values: dict[str, Any] = {
+            "step": float(step),
+            "epoch": step / self.plan.steps_per_epoch,
+            "train/loss": loss,
+            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        if step % log_interval(self.trainer) == 0:
+            now = time.perf_counter()
+            values["perf/tokens_per_second"] = self._interval_tokens / (now - self._interval_start)
+            if self.device.type == "cuda":
+                values["perf/vram_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self._interval_tokens, self._interval_start = 0, now
+        self.log_dict(values)
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        value = value.to(self.device)
+        torch.distributed.all_reduce(value)
+        return value
+
+    def _sum_gradients_over_ranks(self) -> None:
+        if self.trainer.world_size == 1:
+            return
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        has_gradient = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.int32, device=self.device
+        )
+        torch.distributed.all_reduce(has_gradient)
+        touched = [
+            p for p, any_rank in zip(parameters, has_gradient.tolist(), strict=True) if any_rank
+        ]
+        for parameter in touched:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([p.grad for p in touched if p.grad is not None]):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            torch.distributed.all_reduce(flat)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    # ---- evaluation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for rows in cut_by_tokens(batch["lengths"], self.plan.max_tokens_per_micro_batch):
+            self.evaluate(self.take_rows(batch, rows))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        self._pause_start = time.perf_counter()
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+        self._interval_start += time.perf_counter() - self._pause_start
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        values = {
+            f"{split}/{name}": value.float() for name, value in self.metrics.compute().items()
+        }
+        self.metrics.reset()
+        step = self.trainer.global_step
+        fitting = self.trainer.state.fn == "fit"
+        if fitting:
+            values |= {
+                "step": torch.tensor(float(step)),
+                "epoch": torch.tensor(step / self.plan.steps_per_epoch),
+            }
+        self.log_dict(values, logger=fitting)  # results of validate and test go to the run's record
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]
+    ) -> list[list[int]]:
+        """Answer prompts greedily.
+
+        Args:
+            prompts: Token ids of each prompt; they are padded on the left together.
+            max_new_tokens: Tokens to write at most.
+            stop_ids: Tokens that end an answer.
+
+        Returns:
+            Token ids of each answer, without the stop token.
+        """
+        assert self.model is not None
+        longest = max(len(prompt) for prompt in prompts)
+        pad = self._tokenizer.pad_token_id
+        input_ids = torch.tensor(
+            [[pad] * (longest - len(p)) + p for p in prompts], device=self.device
+        )
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device
+        )
+        was_training = self.model.training
+        self.model.eval()
+        with self.trainer.precision_plugin.forward_context():
+            written = cast(Any, self.model).generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                eos_token_id=stop_ids,
+            )
+        self.model.train(was_training)
+        answers = []
+        for row in written[:, longest:].tolist():
+            stop = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+            answers.append(row[:stop])
+        return answers
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what was trained, under the Hugging Face model's own names."""
+        adapters_only = isinstance(self.model, PeftModel)
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {
+            name.removeprefix("model."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("model.") and (not adapters_only or name in trained)
+        }
+
+    def export(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
+        """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
+        assert self.model is not None
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(
+                str(folder), state_dict=state_dict, save_embedding_layers=False
+            )
+        else:
+            self.model.save_pretrained(str(folder), state_dict=state_dict)
+        self._tokenizer.save_pretrained(str(folder))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the weights of the checkpoint's folder into the model.
+
+        Raises:
+            UserError: The folder holds another kind of weights, or an adapter of another base or shape.
+        """
+        self.configure_model()
+        assert self.model is not None
+        models.restore_weights(self.model, Path(checkpoint["folder"]))
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        if self.trainer.state.fn == "fit" and checkpoint["global_step"] < self.plan.num_steps:
+            loops["epoch_loop.batch_progress"]["is_last_batch"] = (
+                False  # it was the last of a shorter run
+            )
+
+    # ---- small parts
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def _weights_dtype(self) -> torch.dtype:
+        if self.dtype_name != "auto":
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+                self.dtype_name
+            ]
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return (
+            torch.bfloat16
+            if self.lora and on_gpu and torch.cuda.is_bf16_supported(False)
+            else torch.float32
+        )
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return data_of(self.trainer).tokenizer
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return the longest row the model's positions allow, or None if its config sets no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return int(positions) if positions is not None else None
+
+
+def seed_all(*parts: object) -> None:
+    """Seed python, numpy and torch from the given values, the same way on every machine.
+
+    Called at every step with (seed, step, rank), random numbers are a function of the step, so nothing of a generator
+    has to be saved and nothing that runs in between (validation, generation) disturbs them.
+    """
+    value = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def _optimizer_problems(optimizer: OptimizerCallable) -> list[str]:
+    try:
+        trial = optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        return [f"model.optimizer: {error}"]
+    rate = trial.param_groups[0].get("lr")
+    if rate is None or not 0 < float(rate) < float("inf"):
+        return [f"model.optimizer.lr: the learning rate must be above 0 and finite, got {rate}"]
+    return []
+
+
+def _buckets(tensors: list[Tensor], max_numel: int = 2**25) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    numel, dtype = max_numel + 1, None
+    for tensor in tensors:
+        if numel + tensor.numel() > max_numel or tensor.dtype != dtype:
+            buckets.append([])
+            numel, dtype = 0, tensor.dtype
+        buckets[-1].append(tensor)
+        numel += tensor.numel()
+    return buckets

@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: NLL summed over the step's supervised tokens, divided by their number.
+
+Shape letters: B rows, T tokens, N supervised positions, D model, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fine_tune.batches import SFTBatch
+from fine_tune.losses import nll_sum, supervised_targets
+from fine_tune.modules.base import StepModule
+
+
+class SFT(StepModule):
+    __doc__ = (StepModule.__doc__ or "").replace(
+        "Base of all modules: builds the model, and takes one optimizer step per batch.",
+        "Supervised fine-tuning of a causal language model, all weights or LoRA.",
+    )
+
+    def loss_count(self, batch: SFTBatch) -> int:
+        return sum(batch["num_supervised"])
+
+    def loss_sum(self, micro_batch: SFTBatch) -> Tensor:
+        return nll_sum(*self._supervised_logits(micro_batch))
+
+    def take_rows(self, batch: SFTBatch, rows: slice) -> SFTBatch:
+        longest = batch["lengths"][rows.start]
+        return SFTBatch(
+            input_ids_BT=batch["input_ids_BT"][rows, :longest],
+            labels_BT=batch["labels_BT"][rows, :longest],
+            lengths=batch["lengths"][rows],
+            num_supervised=batch["num_supervised"][rows],
+            row_ids=batch["row_ids"][rows],
+        )
+
+    def evaluate(self, micro_batch: SFTBatch) -> None:
+        logits_NV, targets_N = self._supervised_logits(micro_batch)
+        num_correct = (logits_NV.argmax(-1) == targets_N).sum()
+        self.metrics.update(nll_sum(logits_NV, targets_N), len(targets_N), num_correct)
+
+    def _supervised_logits(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
+        assert self.model is not None
+        positions_N, targets_N = supervised_targets(batch["labels_BT"])
+        with head_at(self.model, positions_N):
+            # Rows are padded on the right and attention is causal: no real token sees a pad, so no mask is needed.
+            output = self.model(input_ids=batch["input_ids_BT"], use_cache=False)
+        return output.logits.squeeze(0), targets_N
+
+
+@contextmanager
+def head_at(model: Any, positions_N: Tensor) -> Iterator[None]:
+    """Run the LM head only at these positions of the flattened ``[B * T]`` hidden states.
+
+    The model's logits then have shape ``[1, N, V]``; whatever it does to them after the head is elementwise and stays.
+    """
+
+    def gather(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden_BTD, *rest = inputs
+        return (hidden_BTD.flatten(0, 1)[positions_N].unsqueeze(0), *rest)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,70 @@
+"""The one quiet place: what libraries say that no user can act on. Imported before them."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+NOT_ACTIONABLE = (
+    r".*LightningCLI's args parameter is intended.*",
+    r".*does not have many workers.*",
+    r".*smaller than the logging interval.*",
+    r".*exists and is not empty.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*Found .* module\(s\) in eval mode.*",
+    r".*Found keys that are not in the model state dict.*",
+    r".*lr_scheduler.step\(\)` before `optimizer.step\(\).*",
+    r".*Missing logger folder.*",
+    r".*tensorboardX.*",
+)
+
+
+def quiet_libraries() -> None:
+    """Set environment and filters; a user's own settings of the same variables win."""
+    for key, value in {
+        "JSONARGPARSE_DEPRECATION_WARNINGS": "off",
+        "TOKENIZERS_PARALLELISM": "true",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "BITSANDBYTES_NOWELCOME": "1",
+        "WANDB_SILENT": "true",
+    }.items():
+        os.environ.setdefault(key, value)
+    for message in NOT_ACTIONABLE:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.fabric.utilities.seed",
+        "bitsandbytes",
+        "torch",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start_console() -> None:
+    """Send the project's messages to the terminal, plain, one line each."""
+    log = logging.getLogger("fine_tune")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(
+            lambda record: not getattr(record, "only_file", False)
+        )  # the progress bar shows it
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
+    log.disabled = rank != "0"
+
+
+def tee_to(file: Path) -> logging.Handler:
+    """Copy the project's messages to a file, after what it already holds."""
+    handler = logging.FileHandler(file, mode="a", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    logging.getLogger("fine_tune").addHandler(handler)
+    return handler

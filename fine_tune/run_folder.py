@@ -1,0 +1,152 @@
+"""A run is a folder, ``lightning_logs/<name>/version_N``; its ``run.json`` says what became of it.
+
+``best`` and ``last`` are resolved from that record, never from file names or the memory of a process.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fine_tune.errors import UserError
+
+LOGS = "lightning_logs"
+RECORD = "run.json"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One version of one run.
+
+    Args:
+        path: ``<root>/lightning_logs/<name>/version_N``.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read(self) -> dict[str, Any]:
+        """Return the record: status, checkpoints with step and score, best, last, results."""
+        file = self.path / RECORD
+        if not file.is_file():
+            return {}
+        try:
+            record = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file}: the run's record is damaged: {error}") from error
+        return dict(record)
+
+    def update(self, changes: Mapping[str, Any]) -> None:
+        """Replace these entries of the record, atomically."""
+        record = {**self.read(), **changes, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.path.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path / f".{RECORD}.unfinished"
+        with open(unfinished, "w") as handle:
+            json.dump(record, handle, indent=1)
+            handle.flush()
+            os.fsync(handle.fileno())
+        unfinished.replace(self.path / RECORD)
+
+    def checkpoint(self, which: str) -> Path | None:
+        """Return the folder of the ``best`` or ``last`` checkpoint, or None if the record has none on disk."""
+        name = self.read().get(which)
+        path = self.checkpoints / name if name else None
+        return path if path is not None and path.is_dir() else None
+
+
+def check_name(name: str) -> None:
+    """Refuse a run name that could leave the run root or upset a shell.
+
+    Raises:
+        UserError: Says which names are allowed.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UserError(
+            f"name: '{name}' is not allowed; use letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
+
+
+def versions(root: Path, name: str) -> list[RunFolder]:
+    """List the versions of a run, oldest first."""
+    found = [
+        (int(p.name[8:]), p) for p in (root / LOGS / name).glob("version_*") if p.name[8:].isdigit()
+    ]
+    return [RunFolder(path) for _, path in sorted(found)]
+
+
+def new_version(root: Path, name: str) -> RunFolder:
+    """Claim the next version's folder.
+
+    Raises:
+        UserError: The run root cannot be written.
+    """
+    number = int(versions(root, name)[-1].path.name[8:]) + 1 if versions(root, name) else 0
+    while True:
+        path = root / LOGS / name / f"version_{number}"
+        try:
+            path.mkdir(parents=True, exist_ok=False)
+            return RunFolder(path)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(
+                f"trainer.default_root_dir: '{path}' cannot be made: {error.strerror}"
+            ) from error
+
+
+def run_of_config(configs: list[str]) -> RunFolder | None:
+    """Return the run folder a config lies in, if one of the given configs is a run's own."""
+    for config in configs:
+        if Path(config).name == "config.yaml" and (Path(config).parent / RECORD).is_file():
+            return RunFolder(Path(config).parent)
+    return None
+
+
+def unfinished_version(root: Path, name: str) -> RunFolder:
+    """Return the one version of a run that can be taken up again.
+
+    Raises:
+        UserError: There is none, or several; they are listed.
+    """
+    candidates = [
+        run
+        for run in versions(root, name)
+        if run.read().get("status") != "finished" and run.checkpoint("last")
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+    listed = "\n".join(f"  {_describe(run)}" for run in versions(root, name)) or "  (no runs)"
+    count = "no" if not candidates else str(len(candidates))
+    hint = "" if not candidates else "; name one: --config <its config.yaml>"
+    raise UserError(
+        f"ckpt_path: {count} unfinished run(s) of '{name}' with a checkpoint under {root / LOGS / name}{hint}\n{listed}"
+    )
+
+
+def newest_with_checkpoint(root: Path, name: str, which: str) -> RunFolder:
+    """Return the newest version that has a best or last checkpoint.
+
+    Raises:
+        UserError: No version has one; they are listed.
+    """
+    for run in reversed(versions(root, name)):
+        if run.checkpoint(which):
+            return run
+    listed = "\n".join(f"  {_describe(run)}" for run in versions(root, name)) or "  (no runs)"
+    raise UserError(
+        f"ckpt_path: no run of '{name}' under {root / LOGS / name} has a {which} checkpoint\n{listed}"
+    )
+
+
+def _describe(run: RunFolder) -> str:
+    record = run.read()
+    last = record.get("last") or "no checkpoint"
+    return f"{run.path}: {record.get('status', 'empty')}, {last}"

@@ -1,0 +1,86 @@
+"""What the user reads at the start (what will run) and at the end (what came out, where it is, what to type next)."""
+
+from pathlib import Path
+from typing import Any
+
+from fine_tune.batches import DataPlan
+from fine_tune.callbacks.generations import GENERATIONS_FILE, before_after_table, read_generations
+from fine_tune.callbacks.progress import format_seconds
+from fine_tune.run_folder import RunFolder
+
+
+def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> list[str]:
+    """Lines that say what will run."""
+    rows = "  ".join(
+        f"{split} {count:,} rows ({plan.num_tokens[split]:,} tokens, {plan.num_supervised[split]:,} supervised)"
+        for split, count in plan.num_rows.items()
+    )
+    source = (
+        model.model_name_or_path
+        or f"new {(model.from_config or {}).get('model_type', 'model')}, random weights"
+    )
+    how = f"LoRA r={model.lora.r}" if model.lora else "all weights"
+    lines = [
+        f"{verb}: {source}, {how}, {trainer.precision} on {trainer.num_devices} x {trainer.strategy.root_device.type}",
+        f"data: {rows}",
+    ]
+    lines += [f"  {note}" for note in plan.notes]
+    if verb == "fit":
+        warmup = model.num_warmup_steps(plan)
+        lines.append(
+            f"steps: {plan.num_steps:,} ({plan.steps_per_epoch:,} per epoch) of {plan.batch_size} rows, "
+            f"longest row {plan.longest_row['train']:,} tokens, {model.lr_scheduler} after {warmup} warm-up steps"
+        )
+        if warmup > plan.num_steps:
+            lines.append(f"  trainer.max_steps ends the run inside its warm-up of {warmup} steps")
+    return [*lines, f"run folder: {folder}"]
+
+
+def end_of_fit(run: RunFolder, seconds: float) -> list[str]:
+    """Lines that say what came out, where it is, and the next command."""
+    record = run.read()
+    lines = ["", *_answers(run)]
+    step, num_steps = record.get("step", 0), record.get("num_steps", 0)
+    lines.append(
+        f"{record.get('status', 'ended')}: step {step:,} of {num_steps:,} in {format_seconds(seconds)}"
+    )
+    for result in record.get("results", [])[-2:]:
+        shown = "  ".join(
+            f"{name} {value:.4g}"
+            for name, value in result["metrics"].items()
+            if _is_of(name, result)
+        )
+        lines.append(f"{result['split']} of {result['checkpoint']}: {shown}")
+    config = run.path / "config.yaml"
+    lines += [
+        f"best: step {record.get('best_step')}  {run.checkpoints / str(record.get('best'))}",
+        f"metrics: {run.path / 'metrics.csv'}   log: {run.path / 'train.log'}",
+        f"curves: tensorboard --logdir {run.path}",
+    ]
+    if record.get("status") == "finished":
+        lines.append(f"next: python -m fine_tune test --config {config} --ckpt_path best")
+    else:
+        lines.append(f"next: python -m fine_tune fit --config {config} --ckpt_path last")
+    return lines
+
+
+def evaluation(run: RunFolder) -> list[str]:
+    """Lines that give the newest result of validate or test."""
+    result = run.read()["results"][-1]
+    lines = [f"{result['split']} of {result['checkpoint'] or 'the model as configured'}:"]
+    lines += [
+        f"  {name} {value:.6g}"
+        for name, value in sorted(result["metrics"].items())
+        if _is_of(name, result)
+    ]
+    return [*lines, f"kept in {run.path / 'run.json'}"]
+
+
+def _is_of(name: str, result: dict[str, Any]) -> bool:
+    return name.startswith({"validation": "val/", "test": "test/"}[result["split"]])
+
+
+def _answers(run: RunFolder) -> list[str]:
+    answers = read_generations(run.path / GENERATIONS_FILE)
+    after = [a["stage"] for a in answers if a["stage"].startswith("after ")]
+    return [*before_after_table(answers, after[-1]), ""] if after else []
