@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from fine_tune import run_folder as runs  # noqa: E402
@@ -28,7 +29,7 @@ from fine_tune.callbacks.run_record import RunRecord  # noqa: E402
 from fine_tune.checkpoint import FolderCheckpointIO, check_whole  # noqa: E402
 from fine_tune.config_check import check_settings, innermost  # noqa: E402
 from fine_tune.errors import UserError  # noqa: E402
-from fine_tune.loggers import default_loggers  # noqa: E402
+from fine_tune.loggers import MetricsCSV, default_loggers  # noqa: E402
 from fine_tune.modules.base import max_positions  # noqa: E402
 
 log = logging.getLogger("fine_tune")
@@ -170,8 +171,11 @@ class FineTuneCLI(LightningCLI):
             alone = Namespace({key: self.settings[key]})
             try:
                 self._parser(self.subcommand).instantiate_classes(alone)
-            except UserError as error:
-                problems += error.problems
+            except Exception as error:
+                behind = _user_error_behind(error)
+                if behind is None:
+                    raise
+                problems += behind.problems
         if problems:
             raise UserError(*problems)
         super().instantiate_classes()
@@ -180,13 +184,15 @@ class FineTuneCLI(LightningCLI):
         self._check_device()
         self._check_before_weights()
         self.place = self._find_place(str(self.subcommand), self.settings.get("ckpt_path"))
-        keep_until = _step_of(self.place.checkpoint) if self.subcommand == "fit" else sys.maxsize
         run = self._claim(self.place.run)
         self.run_folder = run
         if _is_first_process():
             tee_to(run.path / "train.log")
         given = self.settings.trainer
         interval = _validation_steps(given.val_check_interval, self.plan.steps_per_epoch)
+        own_loggers: list[Logger] = [MetricsCSV(run.path)]
+        if self.subcommand == "fit":
+            own_loggers = default_loggers(run.path, keep_until=_step_of(self.place.checkpoint))
         loggers = given.logger if isinstance(given.logger, list) else []
         plugins = (
             given.plugins
@@ -201,7 +207,7 @@ class FineTuneCLI(LightningCLI):
             val_check_interval=interval,
             use_distributed_sampler=False,
             enable_model_summary=False,
-            logger=[*default_loggers(run.path, keep_until), *loggers],
+            logger=[*own_loggers, *loggers],
             plugins=[*plugins, FolderCheckpointIO(self.model.export)],
             **kwargs,
         )
@@ -403,6 +409,13 @@ def _is_first_process() -> bool:
         or os.environ.get("LOCAL_RANK")
         or "0"
     ) == "0"
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """Find the user's mistake that jsonargparse wrapped into an error of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _text(path: Path | None) -> str | None:

@@ -1,7 +1,7 @@
 """The one exception for the user's mistakes: shown as text, exit code 2, no traceback."""
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """One or more problems the user can fix.
 
     Everything else that escapes is a defect of ours and keeps its traceback.

@@ -30,10 +30,10 @@ class MetricsCSV(Logger):
 
     Args:
         folder: The run folder.
-        keep_until: Keep rows up to this step; later ones are redone by the resumed run.
+        keep_until: Keep rows up to this step, later ones are redone by the resumed run; None keeps all.
     """
 
-    def __init__(self, folder: Path, keep_until: int = 0) -> None:
+    def __init__(self, folder: Path, keep_until: int | None = None) -> None:
         super().__init__()
         self.folder, self.file = Path(folder), Path(folder) / METRICS_FILE
         self._rows: list[dict[str, str]] = []
@@ -43,9 +43,7 @@ class MetricsCSV(Logger):
             with open(self.file, newline="") as handle:
                 reader = csv.DictReader(handle)
                 rows = [
-                    row
-                    for row in reader
-                    if row["step"].isdigit() and int(row["step"]) <= keep_until
+                    row for row in reader if keep_until is None or int(row["step"]) <= keep_until
                 ]
                 self._columns = list(reader.fieldnames or self._columns)
             self._rewrite(rows)
@@ -72,7 +70,7 @@ class MetricsCSV(Logger):
         """Write the row of a step, or add to it when it is the last one written."""
         row = {
             "step": str(int(step or 0)),
-            **{key: f"{float(value):.10g}" for key, value in metrics.items()},
+            **{key: f"{float(value):.8g}" for key, value in metrics.items()},
         }
         same_step = self._last.get("step") == row["step"]
         self._last = {**self._last, **row} if same_step else row
@@ -175,7 +173,7 @@ class QuietWandb(Logger):
         )
 
 
-def default_loggers(folder: Path, keep_until: int = 0) -> list[Logger]:
+def default_loggers(folder: Path, keep_until: int) -> list[Logger]:
     """Return CSV first (it decides where the run lies), TensorBoard, and W&B where there is a login for it."""
     tensorboard = TensorBoardLogger(
         save_dir=str(folder.parent.parent),

@@ -19,6 +19,15 @@ NOT_ACTIONABLE = (
     r".*tensorboardX.*",
 )
 
+LOGGERS_TO_QUIET = (  # by their own names: Lightning sets its root logger's level when it is imported
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "lightning.fabric.utilities.seed",
+    "lightning.fabric.utilities.distributed",
+    "bitsandbytes",
+    "torch",
+)
+
 
 def quiet_libraries() -> None:
     """Set environment and filters; a user's own settings of the same variables win."""
@@ -36,13 +45,7 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in (
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.fabric.utilities.seed",
-        "bitsandbytes",
-        "torch",
-    ):
+    for name in LOGGERS_TO_QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
