@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fine_tune.quiet import quiet_libraries, start_console, tee_to
+from fine_tune.quiet import quiet_libraries, start_console, stop_tee, tee_to
 
 quiet_libraries()
 
@@ -30,7 +30,6 @@ from fine_tune.checkpoint import FolderCheckpointIO, check_whole  # noqa: E402
 from fine_tune.config_check import check_settings, innermost  # noqa: E402
 from fine_tune.errors import UserError  # noqa: E402
 from fine_tune.loggers import MetricsCSV, default_loggers  # noqa: E402
-from fine_tune.modules.base import max_positions  # noqa: E402
 
 log = logging.getLogger("fine_tune")
 FORCED_CALLBACKS = {
@@ -38,6 +37,7 @@ FORCED_CALLBACKS = {
     "early_stopping": EarlyStopping,
     "generations": Generations,
 }
+HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
 NO_CHECK = ("-h", "--print_config", "--print_shtab")
 RUN_VARIABLE = "FINE_TUNE_RUN_FOLDER"  # tells the processes that a strategy starts which folder the first one took
 OURS_NOT_TRAINERS = {
@@ -133,7 +133,7 @@ class FineTuneCLI(LightningCLI):
         ):
             classes = {"trainer": Trainer, **FORCED_CALLBACKS}
             check_settings(rest, self._parser(verb), classes)
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Keep the user's settings: a checkpoint never brings hyperparameters of its own."""
@@ -236,7 +236,7 @@ class FineTuneCLI(LightningCLI):
         """Prepare the data and hold everything against everything that needs no weights."""
         model, data = self.model, self.datamodule
         if model.model_name_or_path or model.from_config:
-            data.cap_length(max_positions(model.model_config(data.tokenizer)))
+            data.cap_length(model.max_positions(data.tokenizer))
         data.prepare_data()
         plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
         model.check(plan, data.tokenizer)
@@ -350,7 +350,6 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     start_console()
     try:
-        cli_args = _with_help_hint(args)
         FineTuneCLI(
             LightningModule,
             LightningDataModule,
@@ -366,20 +365,22 @@ def main(args: list[str] | None = None) -> int:
                 "num_sanity_val_steps": 0,
             },
             parser_class=Parser,
-            parser_kwargs={"prog": "python -m fine_tune"},
-            args=cli_args,
+            parser_kwargs={
+                "prog": "python -m fine_tune",
+                **{verb: {"epilog": HELP_HINT} for verb in FineTuneCLI.subcommands()},
+            },
+            args=args,
         )
-    except UserError as error:
-        for problem in error.problems:
+    except Exception as error:
+        behind = _user_error_behind(error)
+        if behind is None:
+            raise
+        for problem in behind.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
+    finally:
+        stop_tee()
     return 0
-
-
-def _with_help_hint(args: list[str]) -> list[str]:
-    if "--help" in args or "-h" in args:
-        print("Options of the model:  python -m fine_tune fit --model.help fine_tune.modules.SFT")
-    return args
 
 
 def _validation_steps(interval: Any, steps_per_epoch: int) -> Any:

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 NOT_ACTIONABLE = (
     r".*LightningCLI's args parameter is intended.*",
@@ -53,7 +54,7 @@ def start_console() -> None:
     """Send the project's messages to the terminal, plain, one line each."""
     log = logging.getLogger("fine_tune")
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Console()
         handler.setFormatter(logging.Formatter("%(message)s"))
         handler.addFilter(
             lambda record: not getattr(record, "only_file", False)
@@ -65,9 +66,28 @@ def start_console() -> None:
     log.disabled = rank != "0"
 
 
-def tee_to(file: Path) -> logging.Handler:
-    """Copy the project's messages to a file, after what it already holds."""
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Write to whatever ``sys.stdout`` is at the time."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+def tee_to(file: Path) -> None:
+    """Copy the project's messages to a file, after what it already holds, until ``stop_tee``."""
     handler = logging.FileHandler(file, mode="a", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     logging.getLogger("fine_tune").addHandler(handler)
-    return handler
+
+
+def stop_tee() -> None:
+    """Close the files that ``tee_to`` opened."""
+    log = logging.getLogger("fine_tune")
+    for handler in [h for h in log.handlers if isinstance(h, logging.FileHandler)]:
+        log.removeHandler(handler)
+        handler.close()

@@ -140,7 +140,7 @@ class StepModule(LightningModule):
                 warm-up longer than the planned epochs.
         """
         config = self.model_config(tokenizer)
-        positions, longest = max_positions(config), max(plan.longest_row.values())
+        positions, longest = self.max_positions(tokenizer), max(plan.longest_row.values())
         problems = []
         if positions is not None and longest > positions:
             problems.append(
@@ -162,6 +162,11 @@ class StepModule(LightningModule):
             raise UserError(*problems)
         if self.lora is not None:
             models.check_lora(config, self.lora)
+
+    def max_positions(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+        """Return the longest row the model's positions allow, or None if its config sets no limit."""
+        positions = getattr(self.model_config(tokenizer), "max_position_embeddings", None)
+        return int(positions) if positions is not None else None
 
     def model_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
         """Return the model's config with the user's overrides; for a new model, the tokenizer's ids filled in."""
@@ -453,12 +458,6 @@ class StepModule(LightningModule):
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return data_of(self.trainer).tokenizer
-
-
-def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return the longest row the model's positions allow, or None if its config sets no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return int(positions) if positions is not None else None
 
 
 def seed_all(*parts: object) -> None:

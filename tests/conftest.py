@@ -1,0 +1,124 @@
+"""Small real models and data for every test: built from a config, saved to a folder, no network."""
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["WANDB_MODE"] = "disabled"
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from fine_tune.run_folder import RunFolder
+
+REPOSITORY = Path(__file__).parent.parent
+TOKENIZER = REPOSITORY / "fine_tune" / "quickstart" / "tokenizer"
+
+
+@dataclass
+class Outcome:
+    """What a command line did."""
+
+    code: int
+    out: str
+    err: str
+    root: Path
+
+    def run(self, name: str = "run", version: int = 0) -> RunFolder:
+        return RunFolder(self.root / "lightning_logs" / name / f"version_{version}")
+
+    def metrics(self, name: str = "run", version: int = 0) -> list[dict[str, str]]:
+        with open(self.run(name, version).path / "metrics.csv", newline="") as handle:
+            return list(csv.DictReader(handle))
+
+
+CommandLine = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(TOKENIZER))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 layers with the quickstart's tokenizer, saved as any user's model would be."""
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    tokenizer = AutoTokenizer.from_pretrained(str(TOKENIZER))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Forty rows of uneven length; enough for every split."""
+    file = tmp_path / "rows.jsonl"
+    write_rows(
+        file,
+        [
+            {"question": f"Berapa {i} + {i % 7}?" + " Jawab." * (i % 5), "answer": str(i + i % 7)}
+            for i in range(40)
+        ],
+    )
+    return file
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return file
+
+
+@pytest.fixture
+def command_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> CommandLine:
+    """Run a verb in this process, as ``python -m fine_tune`` would, with its runs under ``tmp_path``."""
+    monkeypatch.delenv("FINE_TUNE_RUN_FOLDER", raising=False)
+
+    def run(*args: object, root: bool = True) -> Outcome:
+        from fine_tune.__main__ import main
+
+        texts = [str(arg) for arg in args]
+        if root and texts[0] in ("fit", "validate", "test"):
+            texts += ["--trainer.default_root_dir", str(tmp_path)]
+        code = main(texts)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err, tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def fit_args(model_folder: Path, rows_file: Path) -> list[str]:
+    """The flags of a small complete run: 8 steps of 8 rows."""
+    return [
+        *("--model", "fine_tune.modules.SFT", "--model.model_name_or_path", str(model_folder)),
+        *("--data", "fine_tune.data.SFTData", "--data.path", str(rows_file)),
+        *("--data.prompt", "{question}", "--data.completion", " {answer}"),
+        *("--data.epochs", "2", "--data.batch_size", "8", "--model.optimizer.lr", "1e-3"),
+        *("--trainer.log_every_n_steps", "1", "--generations.rows", "0"),
+    ]
