@@ -189,7 +189,6 @@ class FineTuneCLI(LightningCLI):
         if _is_first_process():
             tee_to(run.path / "train.log")
         given = self.settings.trainer
-        interval = _validation_steps(given.val_check_interval, self.plan.steps_per_epoch)
         own_loggers: list[Logger] = [MetricsCSV(run.path)]
         if self.subcommand == "fit":
             own_loggers = default_loggers(run.path, keep_until=_step_of(self.place.checkpoint))
@@ -204,7 +203,7 @@ class FineTuneCLI(LightningCLI):
         trainer = super().instantiate_trainer(
             max_epochs=1,
             check_val_every_n_epoch=None,
-            val_check_interval=interval,
+            val_check_interval=self.val_check_interval,
             use_distributed_sampler=False,
             enable_model_summary=False,
             logger=[*own_loggers, *loggers],
@@ -240,6 +239,8 @@ class FineTuneCLI(LightningCLI):
         data.prepare_data()
         plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
         model.check(plan, data.tokenizer)
+        asked = self.settings.trainer.val_check_interval
+        self.val_check_interval = _validation_steps(asked, plan.steps_per_epoch)
         problems = []
         if "validation" not in plan.num_rows and self.settings.early_stopping.patience is not None:
             problems.append(

@@ -213,10 +213,9 @@ def _check_setting(
     if secret:
         return [secret]
     if section not in top_level:
-        known = [*top_level, *(f"{s}.{name}" for s, p in parsers.items() for name in _names(p))]
-        return [
-            f"{_where(setting)}: unknown {_kind(setting, section)}{nearest(setting.key, known)}"
-        ]
+        inner = [f"{name}.{field}" for name, p in parsers.items() for field in _names(p)]
+        hint = nearest(section, top_level) or nearest(setting.key, inner)
+        return [f"{_where(setting)}: unknown {_kind(setting, section)}{hint}"]
     if rest in ("", "class_path") or section not in parsers:
         return []
     parser, names = parsers[section], _names(parsers[section])

@@ -296,7 +296,9 @@ def _config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(*(_unknown_field(where, key, config_class, known) for key in unknown))
     try:
         return config_class(**fields)
-    except (TypeError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # the config classes of transformers raise errors of several libraries
         raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 

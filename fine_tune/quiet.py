@@ -27,6 +27,7 @@ LOGGERS_TO_QUIET = (  # by their own names: Lightning sets its root logger's lev
     "lightning.fabric.utilities.distributed",
     "bitsandbytes",
     "torch",
+    "datasets.packaged_modules.json.json",
 )
 
 
@@ -47,7 +48,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in LOGGERS_TO_QUIET:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def start_console() -> None:

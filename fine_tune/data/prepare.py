@@ -120,25 +120,30 @@ def _prepare(
         for part in _split_source(source, found, options):
             parts.setdefault(part.split, []).append(_encode_part(part, source, encoder, first_id))
         first_id += sum(len(rows) for rows in found.values())
+    _refuse_empty({split: sum(map(len, parts[split])) for split in SPLITS if split in parts})
     encoded = {split: concatenate_datasets(parts[split]) for split in SPLITS if split in parts}
     notes = [note for split, rows in encoded.items() for note in _notes(split, rows, options)]
     encoded = {
         split: rows.select(np.flatnonzero(rows.with_format("numpy")["num_supervised"][:]))
         for split, rows in encoded.items()
     }
-    empty = [split for split, rows in encoded.items() if len(rows) == 0]
-    if empty:
-        raise UserError(
-            f"data.split: no rows are left for {', '.join(empty)} "
-            f"({', '.join(f'{split} {len(rows)}' for split, rows in encoded.items())}); "
-            "give more rows, other ratios, row counts like {validation: 20, test: 20}, or none"
-        )
+    _refuse_empty({split: len(rows) for split, rows in encoded.items()})
     unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
     for split, rows in encoded.items():
         rows.save_to_disk(str(unfinished / split))
     (unfinished / "notes.json").write_text(json.dumps(notes))
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def _refuse_empty(num_rows: dict[str, int]) -> None:
+    empty = [split for split, count in num_rows.items() if count == 0]
+    if empty:
+        sizes = ", ".join(f"{split} {count}" for split, count in num_rows.items())
+        raise UserError(
+            f"data.split: no rows are left for {', '.join(empty)} ({sizes}); "
+            "give more rows, other ratios, row counts like {validation: 20, test: 20}, or none"
+        )
 
 
 @dataclass(frozen=True)

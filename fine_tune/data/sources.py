@@ -1,5 +1,6 @@
 """Where raw rows come from: local files, a saved ``datasets`` folder, or the hub; read into ``datasets.Dataset``."""
 
+import codecs
 import csv
 import hashlib
 import json
@@ -149,6 +150,8 @@ def _read_files(files: list[Path], cache_dir: Path) -> Dataset:
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
+        if file.suffix != ".parquet" and not _is_utf8(file):
+            raise UserError(*(_broken_lines(file) or [f"{file}: not UTF-8; convert it"])[:10])
     kind = str(kinds.pop())
     try:
         rows = load_dataset(
@@ -221,6 +224,18 @@ def _files_of(path: Path) -> dict[str, list[Path]]:
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     with open(file, "rb") as handle:
         yield from ((number, line) for number, line in enumerate(handle, start=1) if line.strip())
+
+
+def _is_utf8(file: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(file, "rb") as handle:
+            while chunk := handle.read(2**20):
+                decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _broken_lines(file: Path) -> list[str]:
