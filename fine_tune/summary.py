@@ -44,6 +44,9 @@ def end_of_fit(run: RunFolder, seconds: float) -> list[str]:
     lines.append(
         f"{record.get('status', 'ended')}: step {step:,} of {num_steps:,} in {format_seconds(seconds)}"
     )
+    if record.get("seconds") and record.get("num_tokens"):
+        tokens = record["num_tokens"]["train"] * step / record["steps_per_epoch"]
+        lines[-1] += f", {tokens:,.0f} tokens, {tokens / record['seconds']:,.0f} tokens/s"
     for result in record.get("results", [])[-2:]:
         shown = "  ".join(
             f"{name} {value:.4g}"

@@ -137,14 +137,14 @@ def before_after_table(answers: list[dict[str, Any]], after: str) -> list[str]:
     """Lay out the answers before training and at stage ``after`` side by side, as text lines."""
     before = {a["prompt"]: a for a in answers if a["stage"] == "before"}
     rows = [("asked", "expected", "before", "after")]
-    for answer in (a for a in answers if a["stage"] == after):
+    for answer in sorted((a for a in answers if a["stage"] == after), key=lambda a: a["row_id"]):
         earlier = before.get(answer["prompt"], {}).get("answer", "")
-        rows.append((answer["prompt"], answer["expected"], earlier, answer["answer"]))
-    shown = [[_cell(text) for text in row] for row in rows]
-    widths = [max(len(row[i]) for row in shown) for i in range(4)]
+        texts = [_line(answer["expected"]), _line(earlier), _line(answer["answer"])]
+        rows.append((_end(_line(answer["prompt"])), *(_beginning(text) for text in texts)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in shown
+        for row in rows
     ]
 
 
@@ -168,6 +168,13 @@ def _stage(trainer: Trainer, name: str) -> str:
     return f"{name} {checkpoint}"
 
 
-def _cell(text: str) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def _line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def _end(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else "…" + text[1 - SHOWN_CHARACTERS :]

@@ -47,6 +47,7 @@ class RunRecord(Callback):
                     "num_steps": plan.num_steps,
                     "steps_per_epoch": plan.steps_per_epoch,
                     "num_rows": plan.num_rows,
+                    "num_tokens": plan.num_tokens,
                     "environment": environment(),
                 }
             )

@@ -6,6 +6,7 @@ Sits before the straight line: what it writes is what `data/formats.py` reads.
 import hashlib
 import itertools
 import json
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from fine_tune.errors import UserError
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
+OPERATORS = {"+": operator.add, "-": operator.sub, "×": operator.mul}
 SPLITS = ("train", "validation", "test", "test_new_phrasings", "test_new_operands")
 # Per mille of the (fact, phrasing) pairs, except NEW_OPERANDS: of the operand pairs.
 TEST, VALIDATION, NEW_PHRASINGS, NEW_OPERANDS, NEW_OPERANDS_ASKED = 100, 35, 300, 80, 500
@@ -76,13 +78,13 @@ def make_qa(
         overwrite: Whether to replace files that are already there.
 
     Raises:
-        UserError: If a file to write is there and `overwrite` is false, if the vocabulary is too
-            small, or if two rows ask the same question.
+        UserError: If a file to write is there and `overwrite` is false, the vocabulary is too
+            small, or the facts cannot be read or ask one question twice.
     """
     if tokenizer_vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
-            f"tokenizer_vocab_size is {tokenizer_vocab_size}; the 256 bytes and the special "
-            f"tokens need {MIN_VOCAB_SIZE}. Raise --tokenizer_vocab_size."
+            f"--tokenizer_vocab_size: {tokenizer_vocab_size} is too small; the 256 bytes and the "
+            f"special tokens need {MIN_VOCAB_SIZE}."
         )
     folder = Path(output)
     data_paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
@@ -96,12 +98,12 @@ def make_qa(
             "Choose another --output, or replace them with --overwrite true.",
         )
     rows = split_rows(Path(facts or QUICKSTART / "facts.yaml"))
-    tokenizer_json = train_tokenizer(rows["train"], vocab_size=tokenizer_vocab_size)
+    tokenizer_json = _train_tokenizer(rows["train"], vocab_size=tokenizer_vocab_size)
     tokenizer_paths[0].parent.mkdir(parents=True, exist_ok=True)
     for split, path in data_paths.items():
         lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows[split]]
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    for path, text in zip(tokenizer_paths, (tokenizer_json, tokenizer_config()), strict=True):
+    for path, text in zip(tokenizer_paths, (tokenizer_json, _tokenizer_config()), strict=True):
         path.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -112,14 +114,14 @@ def split_rows(facts: Path) -> dict[str, list[Row]]:
         facts: YAML file of relations, see the one in `fine_tune/quickstart`.
 
     Returns:
-        The rows of each split. Relations take turns, so that the first rows of a file are varied;
-        within a relation a `pinned` row comes first and the others in the order of their hash.
+        The rows of each split, which follows from the hash of the ids of fact and phrasing.
+        Relations take turns, so that the first rows of a file are varied; within a relation a
+        `pinned` row comes first and the others in the order of their hash.
 
     Raises:
-        UserError: If two rows ask the same question.
+        UserError: If `facts` is missing or is no such file, or two rows ask the same question.
     """
-    relations = yaml.safe_load(facts.read_text(encoding="utf-8"))["relations"]
-    by_relation = [relation_rows(name, relation) for name, relation in relations.items()]
+    by_relation = [_relation_rows(*item) for item in _read_relations(facts).items()]
     by_question: dict[str, Row] = {}
     for row in (row for rows in by_relation for split in SPLITS for row in rows[split]):
         other = by_question.setdefault(row.question, row)
@@ -140,29 +142,43 @@ def split_rows(facts: Path) -> dict[str, list[Row]]:
     }
 
 
-def relation_rows(name: str, relation: dict[str, Any]) -> dict[str, list[Row]]:
-    """Ask every fact of one relation in every phrasing.
+def _read_relations(facts: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(facts.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--facts: cannot read {facts}: {error}") from error
+    relations = content.get("relations") if isinstance(content, dict) else None
+    if not isinstance(relations, dict) or not relations:
+        raise UserError(f"--facts: {facts} has no `relations`; see the shipped facts.yaml.")
+    problems = []
+    for name, relation in relations.items():
+        tables = [relation.get(key, {}) for key in ("phrasings", "new_phrasings", "facts")]
+        if not relation.get("phrasings") or not all(isinstance(table, dict) for table in tables):
+            problems.append(f"{facts}: relation {name} needs `phrasings`, a table of name: text.")
+        has_operands = relation.get("operator") in OPERATORS and "max_operand" in relation
+        if not relation.get("facts") and not has_operands:
+            problems.append(
+                f"{facts}: relation {name} needs `facts`, or `max_operand` and an `operator` of "
+                f"{', '.join(OPERATORS)}."
+            )
+    if problems:
+        raise UserError(*problems)
+    return relations
 
-    Args:
-        name: The relation's name; its facts' and phrasings' ids begin with it.
-        relation: `phrasings` and `new_phrasings`, either `facts` or `operator` and `max_operand`,
-            and optionally the `pinned` row that opens the validation file.
 
-    Returns:
-        The rows of each split. The split follows from the ids of fact and phrasing, so that a new
-        fact moves no other row; the exception keeps a fact or phrasing from never being trained.
-    """
+def _relation_rows(name: str, relation: dict[str, Any]) -> dict[str, list[Row]]:
     pinned = tuple(f"{name}:{part}" for part in relation.get("pinned", {}).values())
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for fact in relation_facts(name, relation):
         for kind in ("phrasings", "new_phrasings"):
-            for key, template in relation[kind].items():
-                question = template.format(**fact.slots)
+            for key, template in relation.get(kind, {}).items():
+                question = _fill(template, fact, f"{name}:{key}")
                 row = Row(question, fact.answer, fact.id, f"{name}:{key}")
                 is_pinned = (row.fact, row.phrasing) == pinned
                 split = "validation" if is_pinned else _split(row, fact.is_trained, kind)
                 if split is not None:
                     rows[split].append(row)
+    # A fact or phrasing that only held-out rows have goes back to training (small tables only).
     facts_trained = {row.fact for row in rows["train"]}
     phrasings_trained = {row.phrasing for row in rows["train"]}
     for split in ("validation", "test"):
@@ -180,33 +196,26 @@ def relation_facts(name: str, relation: dict[str, Any]) -> Iterator[Fact]:
 
     Args:
         name: The relation's name; the facts' ids begin with it.
-        relation: With `facts`, a table from subject to answer; otherwise with `operator` (`+` or
-            `-`) and `max_operand`. Differences below zero are left out.
+        relation: With `facts`, a table from subject to answer; otherwise with an `operator`
+            and a `max_operand`. Differences below zero are left out.
 
     Returns:
         The facts. An operand pair is trained on with every operator or with none.
     """
     for subject, answer in relation.get("facts", {}).items():
         yield Fact(f"{name}:{subject}", {"subject": subject}, str(answer), is_trained=True)
-    operands = range(relation.get("max_operand", -1) + 1)
+    if "facts" in relation:
+        return
+    operands = range(relation["max_operand"] + 1)
     for a, b in itertools.product(operands, operands):
-        result = a + b if relation["operator"] == "+" else a - b
+        result = OPERATORS[relation["operator"]](a, b)
         if result >= 0:
             is_trained = _per_mille("operands", *sorted((str(a), str(b)))) >= NEW_OPERANDS
             fact_id = f"{name}:{a} {relation['operator']} {b}"
             yield Fact(fact_id, {"a": a, "b": b}, str(result), is_trained)
 
 
-def train_tokenizer(rows: list[Row], *, vocab_size: int) -> str:
-    """Fit a byte-level BPE, digits apart, to questions and answers.
-
-    Args:
-        rows: The training rows.
-        vocab_size: Largest number of tokens, special tokens included.
-
-    Returns:
-        The content of `tokenizer.json`. Any text comes back unchanged from its tokens.
-    """
+def _train_tokenizer(rows: list[Row], *, vocab_size: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
@@ -222,12 +231,7 @@ def train_tokenizer(rows: list[Row], *, vocab_size: int) -> str:
     return tokenizer.to_str(pretty=True) + "\n"
 
 
-def tokenizer_config() -> str:
-    """Name the special tokens and the chat template, whose supervised part is what answers say.
-
-    Returns:
-        The content of `tokenizer_config.json`.
-    """
+def _tokenizer_config() -> str:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
@@ -237,6 +241,16 @@ def tokenizer_config() -> str:
         "chat_template": CHAT_TEMPLATE,
     }
     return json.dumps(config, indent=2) + "\n"
+
+
+def _fill(template: str, fact: Fact, phrasing: str) -> str:
+    try:
+        return template.format(**fact.slots)
+    except (KeyError, IndexError, ValueError) as error:
+        known = ", ".join(f"{{{slot}}}" for slot in fact.slots)
+        raise UserError(
+            f"phrasing {phrasing} ({template!r}) has something else than {known} in braces."
+        ) from error
 
 
 def _split(row: Row, is_trained: bool, kind: str) -> str | None:

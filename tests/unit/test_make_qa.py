@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from fine_tune.commands.make_qa import QUICKSTART, SPLITS, Row, make_qa, relation_facts, split_rows
 from fine_tune.errors import UserError
@@ -116,5 +117,37 @@ def test_a_lone_fact_is_trained_in_every_phrasing(tmp_path: Path) -> None:
 def test_two_phrasings_with_one_text_are_refused(tmp_path: Path) -> None:
     phrasings = {"a": "Capital of {subject}?", "b": "Capital of {subject}?"}
     relation = {"phrasings": phrasings, "new_phrasings": {}, "facts": {"land": "city"}}
-    with pytest.raises(UserError, match=r"Capital of land\?.*capital:a.*capital:b"):
+    with pytest.raises(UserError, match=r"Capital of land\?.*capital:b.*capital:a"):
         split_rows(write_facts(tmp_path / "facts.yaml", relation))
+
+
+def test_relations_that_cannot_be_asked_are_all_named(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    power = {"phrasings": {"a": "{a} ^ {b} ="}, "operator": "^", "max_operand": 3}
+    content = {"relations": {"capital": {"facts": {"land": "city"}}, "power": power}}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        split_rows(path)
+    assert [problem.split()[2] for problem in caught.value.problems] == ["capital", "power"]
+    with pytest.raises(UserError, match="no_such"):
+        split_rows(tmp_path / "no_such.yaml")
+
+
+def test_a_misspelt_placeholder_names_its_phrasing(tmp_path: Path) -> None:
+    relation = {"phrasings": {"a": "{subjek}?"}, "new_phrasings": {}, "facts": {"land": "city"}}
+    with pytest.raises(UserError, match=r"capital:a .*\{subject\}"):
+        split_rows(write_facts(tmp_path / "facts.yaml", relation))
+
+
+def test_the_tokenizer_round_trips_and_masks_all_but_assistant_turns() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "tokenizer")
+    text = "  é漢字\n 10 - 5 ="
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.tokenize("12") == ["1", "2"]
+    assert tokenizer.bos_token is None and tokenizer.pad_token_id != tokenizer.eos_token_id
+    messages = [{"role": "user", "content": "3 + 4 ="}, {"role": "assistant", "content": "7"}]
+    encoded = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    answered = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    assert tokenizer.decode([token for token, said in answered if said]) == "7<eos>"
