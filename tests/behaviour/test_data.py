@@ -1,0 +1,112 @@
+"""Preparation: cached by all that decides tokens, counted, and the same for every format."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TOKENIZER, write_rows
+from transformers import AutoTokenizer
+
+from fine_tune.data import SFTData
+from fine_tune.errors import UserError
+
+
+def data(path: Path | str, tmp_path: Path, **options: Any) -> SFTData:
+    settings: dict[str, Any] = {"prompt": "{question}", "completion": " {answer}", "split": "none"}
+    return SFTData(
+        path=str(path),
+        tokenizer=str(TOKENIZER),
+        cache_dir=str(tmp_path / "cache"),
+        **{**settings, **options},
+    )
+
+
+def cached(module: SFTData) -> bool:
+    return "tokens from the cache" in module.make_plan().notes
+
+
+def test_a_second_start_uses_the_cache(rows_file: Path, tmp_path: Path) -> None:
+    first, second = data(rows_file, tmp_path), data(rows_file, tmp_path)
+    assert not cached(first)
+    assert cached(second)
+    assert first.rows("train").to_list() == second.rows("train").to_list()
+
+
+def test_the_cache_key_is_data_template_tokenizer_and_options(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    data(rows_file, tmp_path).prepare_data()
+    other_tokenizer = tmp_path / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.add_tokens(["Berapa"])
+    tokenizer.save_pretrained(other_tokenizer)
+    assert not cached(data(rows_file, tmp_path, completion="{answer}"))
+    assert not cached(data(rows_file, tmp_path, max_length=20))
+    assert not cached(data(rows_file, tmp_path, split=None))
+    module = data(rows_file, tmp_path)
+    module.tokenizer_source = str(other_tokenizer)
+    assert not cached(module)
+    rows_file.write_text(rows_file.read_text().replace('"0"', '"1"', 1))
+    assert not cached(data(rows_file, tmp_path))
+
+
+def test_truncation_is_counted_and_long_answers_are_left_out(tmp_path: Path) -> None:
+    rows = [{"question": "a " * 30, "answer": "b"}, {"question": "a", "answer": "b " * 30}]
+    rows += [{"question": "a", "answer": "b"}] * 3
+    plan = data(write_rows(tmp_path / "r.jsonl", rows), tmp_path, max_length=16).make_plan()
+    assert plan.num_rows == {"train": 4}
+    assert plan.longest_row == {"train": 16}
+    assert plan.notes == [
+        "train: 1 rows truncated to 16 tokens (prompt_left)",
+        "train: 1 rows left out, longer than 16 tokens (prompt_left)",
+    ]
+
+
+def test_lost_supervised_tokens_are_counted(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "b " * 30}]
+    file = write_rows(tmp_path / "r.jsonl", rows)
+    plan = data(file, tmp_path, max_length=8, truncation="completion_right").make_plan()
+    assert any("supervised tokens lost to truncation" in note for note in plan.notes)
+
+
+def test_max_rows_and_counts(rows_file: Path, tmp_path: Path) -> None:
+    split = {"validation": 6, "test": 4}
+    plan = data(rows_file, tmp_path, split=split, max_rows={"train": 10, "test": 2}).make_plan()
+    assert plan.num_rows == {"train": 10, "validation": 6, "test": 2}
+
+
+def test_splits_share_no_prompt_and_lose_no_row(rows_file: Path, tmp_path: Path) -> None:
+    module = data(rows_file, tmp_path, split=None)
+    ids = [
+        row for split in ("train", "validation", "test") for row in module.rows(split)["row_id"][:]
+    ]
+    assert sorted(ids) == list(range(40))
+
+
+def test_the_plan_counts_steps(rows_file: Path, tmp_path: Path) -> None:
+    module = data(rows_file, tmp_path, batch_size=16, epochs=3)
+    assert (module.make_plan().steps_per_epoch, module.make_plan().num_steps) == (3, 9)
+    assert module.make_plan(max_steps=4).num_steps == 4
+    assert module.make_plan(max_steps=4).planned_steps == 9
+    module.epochs = None
+    assert module.make_plan(max_steps=7).planned_steps == 9
+
+
+def test_there_is_nothing_to_test_without_a_test_split(rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to test"):
+        data(rows_file, tmp_path).rows("test")
+
+
+def test_rows_with_a_split_of_their_own_are_not_split_again(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    module = SFTData(
+        path={"train": str(rows_file), "validation": str(rows_file)},
+        prompt="{question}",
+        completion="{answer}",
+        split={"train": 0.5, "test": 0.5},
+        tokenizer=str(TOKENIZER),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    with pytest.raises(UserError, match="has splits of its own"):
+        module.prepare_data()

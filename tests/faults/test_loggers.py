@@ -1,0 +1,87 @@
+"""metrics.csv is whole at any instant; a logger that fails never stops a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CommandLine
+
+from fine_tune.loggers import MetricsCSV, QuietWandb
+
+
+def rows(folder: Path) -> list[str]:
+    return (folder / "metrics.csv").read_text().splitlines()
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"train/loss": 2.0}, step=1)
+    assert rows(tmp_path)[-1].startswith("1,,2")
+
+
+def test_values_of_one_step_share_its_row_and_new_columns_keep_old_rows(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"train/loss": 2.0}, step=1)
+    logger.log_metrics({"train/loss": 1.0}, step=2)
+    logger.log_metrics({"val/new": 3.0}, step=2)
+    logger.log_metrics({"val/loss": 4.0}, step=2)
+    header, first, second = rows(tmp_path)
+    assert dict(zip(header.split(","), second.split(","), strict=True)) == {
+        **dict.fromkeys(header.split(","), ""),
+        "step": "2",
+        "train/loss": "1",
+        "val/loss": "4",
+        "val/new": "3",
+    }
+    assert first.startswith("1,,2")
+
+
+def test_reopening_keeps_the_rows_up_to_the_checkpoint(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    for step in range(1, 6):
+        logger.log_metrics({"train/loss": step}, step=step)
+    again = MetricsCSV(tmp_path, keep_until=3)
+    assert [row.split(",")[0] for row in rows(tmp_path)] == ["step", "1", "2", "3"]
+    again.log_metrics({"train/loss": 9}, step=4)
+    assert rows(tmp_path)[-1].startswith("4,,9")
+    assert [row.split(",")[0] for row in rows(tmp_path)] == ["step", "1", "2", "3", "4"]
+
+
+def test_a_failing_wandb_is_one_line_and_the_run_goes_on(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    outcome = command_line("fit", *fit_args)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("W&B is off for this run") == 1
+    assert outcome.run().read()["status"] == "finished"
+    everything = [p.read_bytes() for p in outcome.run().path.rglob("*") if p.is_file()]
+    assert not any(b"0" * 40 in content for content in everything)
+
+
+def test_wandb_offline_records_the_run(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    outcome = command_line("fit", *fit_args, "--trainer.max_steps", 2)
+    assert outcome.code == 0, outcome.err
+    assert list((outcome.run().path / "wandb").glob("offline-run-*"))
+
+
+def test_a_wandb_that_fails_later_is_switched_off(tmp_path: Path) -> None:
+    class Failing:
+        def log(self, *args: Any) -> None:
+            raise OSError("disk full")
+
+    logger = QuietWandb(tmp_path)
+    logger._run = Failing()
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.log_metrics({"a": 1.0}, step=2)
+    assert logger._off

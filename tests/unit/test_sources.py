@@ -1,0 +1,96 @@
+"""Every place rows can come from gives the same rows; splits are found; content is fingerprinted."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+from datasets import Dataset, DatasetDict
+
+from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source
+from fine_tune.errors import UserError
+
+ROWS = [{"question": f"soal {i}", "answer": f"jawab {i}"} for i in range(5)]
+
+
+def save(folder: Path, kind: str) -> Path:
+    data = Dataset.from_list(ROWS)
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        return write_rows(path, ROWS)
+    if kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        data.to_csv(path)
+    elif kind == "parquet":
+        data.to_parquet(path)
+    elif kind == "saved":
+        data.save_to_disk(path)
+    elif kind == "folder":
+        path.mkdir()
+        write_rows(path / "a.jsonl", ROWS[:2])
+        write_rows(path / "b.jsonl", ROWS[2:])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved", "folder"])
+def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    rows = read_source(Source(str(save(tmp_path, kind))), tmp_path / "cache")
+    assert list(rows) == [ALL]
+    assert rows[ALL].to_list() == ROWS
+
+
+def test_text_is_a_row_per_line_without_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("satu\n\ndua\n")
+    rows = read_source(Source(str(tmp_path / "rows.txt")), tmp_path / "cache")
+    assert rows[ALL]["text"][:] == ["satu", "dua"]
+
+
+def test_splits_are_found_in_folders_saved_data_and_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    train = write_rows(folder / "train-00000-of-00001.jsonl", ROWS[:3])
+    dev = write_rows(folder / "dev.jsonl", ROWS[3:])
+    DatasetDict(
+        train=Dataset.from_list(ROWS[:3]), validation=Dataset.from_list(ROWS[3:])
+    ).save_to_disk(tmp_path / "saved")
+    by_name = {"train": str(train), "validation": str(dev)}
+    for path in (str(folder), str(tmp_path / "saved"), by_name):
+        rows = read_source(Source(path), tmp_path / "cache")
+        assert {split: part.to_list() for split, part in rows.items()} == {
+            "train": ROWS[:3],
+            "validation": ROWS[3:],
+        }
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", ROWS)
+    before = fingerprint(Source(str(file)))
+    assert before == fingerprint(Source(str(write_rows(tmp_path / "other.jsonl", ROWS))))
+    write_rows(file, [*ROWS[:-1], {"question": "soal 4", "answer": "lain"}])
+    assert fingerprint(Source(str(file))) != before
+
+
+def test_a_row_is_located_past_blank_lines_and_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": 1}\n\n{"q": 2}\n')
+    (tmp_path / "b.jsonl").write_text('\n{"q": 3}\n')
+    assert locate_row(Source(str(tmp_path)), ALL, 1) == f"{tmp_path}/a.jsonl:3"
+    assert locate_row(Source(str(tmp_path)), ALL, 2) == f"{tmp_path}/b.jsonl:2"
+
+
+def test_several_broken_lines_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n{"a": \n[1]\n{"a": 2}\n')
+    with pytest.raises(UserError) as caught:
+        read_source(Source(str(file)), tmp_path / "cache")
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        f"{file}:2",
+        f"{file}:3",
+    ]
+
+
+def test_files_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.csv").write_text("question,answer\n1,2\n")
+    with pytest.raises(UserError, match="files of one kind"):
+        read_source(Source(str(tmp_path)), tmp_path / "cache")
