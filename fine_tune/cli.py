@@ -81,17 +81,9 @@ class RunConfig(SaveConfigCallback):
     """Write the resolved settings to ``config.yaml`` in the run folder, once."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if (
-            trainer.is_global_zero
-            and trainer.log_dir
-            and not (Path(trainer.log_dir) / "config.yaml").exists()
-        ):
-            self.parser.save(
-                self.config,
-                str(Path(trainer.log_dir) / "config.yaml"),
-                skip_none=False,
-                multifile=False,
-            )
+        file = runs.run_of(trainer).path / "config.yaml"
+        if trainer.is_global_zero and not file.exists():
+            self.parser.save(self.config, str(file), skip_none=False, multifile=False)
 
 
 class FineTuneCLI(LightningCLI):
@@ -133,7 +125,10 @@ class FineTuneCLI(LightningCLI):
         ):
             classes = {"trainer": Trainer, **FORCED_CALLBACKS}
             check_settings(rest, self._parser(verb), classes)
-        self.config = parser.parse_args(args)
+        rest, templates = _take_templates(rest)
+        self.config = parser.parse_args([verb, *rest])
+        for key, value in templates.items():
+            self.config[verb].data.init_args[key] = value
 
     def _parse_ckpt_path(self) -> None:
         """Keep the user's settings: a checkpoint never brings hyperparameters of its own."""
@@ -188,26 +183,19 @@ class FineTuneCLI(LightningCLI):
         self.run_folder = run
         if _is_first_process():
             tee_to(run.path / "train.log")
-        given = self.settings.trainer
+        given = self._get(self.config_init, "trainer")
         own_loggers: list[Logger] = [MetricsCSV(run.path)]
         if self.subcommand == "fit":
             own_loggers = default_loggers(run.path, keep_until=_step_of(self.place.checkpoint))
-        loggers = given.logger if isinstance(given.logger, list) else []
-        plugins = (
-            given.plugins
-            if isinstance(given.plugins, list)
-            else [given.plugins]
-            if given.plugins
-            else []
-        )
         trainer = super().instantiate_trainer(
             max_epochs=1,
             check_val_every_n_epoch=None,
             val_check_interval=self.val_check_interval,
             use_distributed_sampler=False,
             enable_model_summary=False,
-            logger=[*own_loggers, *loggers],
-            plugins=[*plugins, FolderCheckpointIO(self.model.export)],
+            enable_progress_bar=False,  # ours is a callback
+            logger=[*own_loggers, *_listed(given.logger)],
+            plugins=[*_listed(given.plugins), FolderCheckpointIO(self.model.export)],
             **kwargs,
         )
         for line in summary.start(str(self.subcommand), self.model, self.plan, trainer, run.path):
@@ -215,7 +203,8 @@ class FineTuneCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        return super()._instantiate_trainer(config, [*callbacks, TrainingProgress(), RunRecord()])
+        progress = TrainingProgress(bar=self.settings.trainer.enable_progress_bar is not False)
+        return super()._instantiate_trainer(config, [*callbacks, progress, RunRecord()])
 
     def _check_device(self) -> None:
         asked = {
@@ -384,6 +373,22 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
+def _take_templates(args: list[str]) -> tuple[list[str], dict[str, str | None]]:
+    """Take templates out of the flags: they are text, while YAML would read ``Q: {question}`` as a mapping."""
+    rest, templates, i = [], {}, 0
+    while i < len(args):
+        name, equals, value = args[i].partition("=")
+        key = name.replace(".init_args.", ".").removeprefix("--data.")
+        if name.startswith("--data.") and key in ("prompt", "completion"):
+            i += 0 if equals else 1
+            value = value if equals else args[i]
+            templates[key] = None if value == "null" else value
+        else:
+            rest.append(args[i])
+        i += 1
+    return rest, templates
+
+
 def _validation_steps(interval: Any, steps_per_epoch: int) -> Any:
     if interval is None:
         return steps_per_epoch
@@ -418,6 +423,12 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _text(path: Path | None) -> str | None:

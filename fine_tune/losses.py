@@ -32,6 +32,8 @@ def num_supervised_targets(labels: list[int]) -> int:
 def nll_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Sum the negative log-likelihood of the targets, in nats, in float32 or wider.
 
+    For training; ``nll_per_token`` summed in float64 measures an evaluation split whatever its batches.
+
     Args:
         logits_NV: Unnormalised scores, one row per supervised position.
         targets_N: The token each row should give.
@@ -43,3 +45,12 @@ def nll_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         logits_NV.float() if logits_NV.dtype in (torch.float16, torch.bfloat16) else logits_NV
     )
     return F.cross_entropy(logits_NV, targets_N, reduction="sum")
+
+
+def nll_per_token(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each target, in nats, shape ``[N]``."""
+    return F.cross_entropy(_wide(logits_NV), targets_N, reduction="none")
+
+
+def _wide(logits_NV: Tensor) -> Tensor:
+    return logits_NV.float() if logits_NV.dtype in (torch.float16, torch.bfloat16) else logits_NV

@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from transformers import (
 from fine_tune.errors import UserError, nearest
 
 log = logging.getLogger("fine_tune")
+if not sys.stderr.isatty():
+    transformers.utils.logging.disable_progress_bar()
 
 
 def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[str, str | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_ACTIONABLE = (
+    r".*when logging on epoch level in distributed setting.*",  # torchmetrics has reduced them
     r".*LightningCLI's args parameter is intended.*",
     r".*does not have many workers.*",
     r".*smaller than the logging interval.*",

@@ -62,6 +62,16 @@ class RunFolder:
         return path if path is not None and path.is_dir() else None
 
 
+def run_of(trainer: Any) -> RunFolder:
+    """Return the run folder a trainer writes to: its first logger's, the same on every rank without asking them.
+
+    (``trainer.log_dir`` is a collective call: on one rank alone it waits for the others for ever.)
+    """
+    return RunFolder(
+        Path(trainer.loggers[0].save_dir if trainer.loggers else trainer.default_root_dir)
+    )
+
+
 def check_name(name: str) -> None:
     """Refuse a run name that could leave the run root or upset a shell.
 

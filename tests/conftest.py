@@ -1,44 +1,15 @@
 """Small real models and data for every test: built from a config, saved to a folder, no network."""
 
-import csv
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"
 
 import pytest
 import torch
+from harness import TOKENIZER, CommandLine, Outcome, write_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
-from fine_tune.run_folder import RunFolder
-
-REPOSITORY = Path(__file__).parent.parent
-TOKENIZER = REPOSITORY / "fine_tune" / "quickstart" / "tokenizer"
-
-
-@dataclass
-class Outcome:
-    """What a command line did."""
-
-    code: int
-    out: str
-    err: str
-    root: Path
-
-    def run(self, name: str = "run", version: int = 0) -> RunFolder:
-        return RunFolder(self.root / "lightning_logs" / name / f"version_{version}")
-
-    def metrics(self, name: str = "run", version: int = 0) -> list[dict[str, str]]:
-        with open(self.run(name, version).path / "metrics.csv", newline="") as handle:
-            return list(csv.DictReader(handle))
-
-
-CommandLine = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True)
@@ -84,11 +55,6 @@ def rows_file(tmp_path: Path) -> Path:
             for i in range(40)
         ],
     )
-    return file
-
-
-def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return file
 
 

@@ -1,7 +1,6 @@
 """When to save, what to keep: the last checkpoint and the best ones, named by true epoch and step."""
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -9,7 +8,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from fine_tune.batches import plan_of
 from fine_tune.errors import UserError
-from fine_tune.run_folder import RunFolder
+from fine_tune.run_folder import RunFolder, run_of
 
 
 class Checkpoints(Checkpoint):
@@ -61,7 +60,7 @@ class Checkpoints(Checkpoint):
         self._save(trainer, score=float(trainer.callback_metrics[self.monitor]))
 
     def _validation_follows(self, trainer: Trainer, step: int) -> bool:
-        if not trainer.enable_validation:
+        if "validation" not in plan_of(trainer).num_rows or not trainer.enable_validation:
             return False
         if trainer.should_stop or step >= plan_of(trainer).num_steps:
             return True
@@ -73,7 +72,7 @@ class Checkpoints(Checkpoint):
         if step == self._saved_step:
             return
         self._saved_step = step
-        run = RunFolder(Path(trainer.log_dir or "."))
+        run = run_of(trainer)
         name = f"epoch={step / plan.steps_per_epoch:.2f}-step={step}"
         trainer.save_checkpoint(str(run.checkpoints / name))
         if trainer.is_global_zero:

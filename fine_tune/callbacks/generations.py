@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fine_tune.batches import data_of, plan_of
 from fine_tune.errors import UserError
 from fine_tune.losses import IGNORE_INDEX
+from fine_tune.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 GENERATIONS_FILE = "generations.jsonl"
@@ -67,7 +68,7 @@ class Generations(Callback):
         if not trainer.is_global_zero:
             return []
         data = data_of(trainer)
-        file = Path(trainer.log_dir or ".") / GENERATIONS_FILE
+        file = run_of(trainer).path / GENERATIONS_FILE
         rows = [
             dict(row) for row in data.rows(split).select(range(min(limit, len(data.rows(split)))))
         ]
@@ -136,7 +137,7 @@ def read_generations(file: Path) -> list[dict[str, Any]]:
 def before_after_table(answers: list[dict[str, Any]], after: str) -> list[str]:
     """Lay out the answers before training and at stage ``after`` side by side, as text lines."""
     before = {a["prompt"]: a for a in answers if a["stage"] == "before"}
-    rows = [("asked", "expected", "before", "after")]
+    rows: list[tuple[str, ...]] = [("asked", "expected", "before", "after")]
     for answer in sorted((a for a in answers if a["stage"] == after), key=lambda a: a["row_id"]):
         earlier = before.get(answer["prompt"], {}).get("answer", "")
         texts = [_line(answer["expected"]), _line(earlier), _line(answer["answer"])]

@@ -7,8 +7,7 @@ from typing import Any
 
 import psutil
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,23 +23,24 @@ from fine_tune.batches import log_interval, plan_of
 log = logging.getLogger("fine_tune")
 
 
-class TrainingProgress(ProgressBar):
-    """Show loss, learning rate, tokens per second, memory and time left."""
+class TrainingProgress(Callback):
+    """Show loss, learning rate, tokens per second, memory and time left.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        bar: Draw a bar in a terminal; without it, and anywhere else, a plain line per logging interval.
+    """
+
+    def __init__(self, bar: bool = True) -> None:
+        self.wants_bar = bar
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._start = 0.0
         self._first_step = 0
         self._rate = 0.0
 
-    def disable(self) -> None:
-        self._bar = None
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start, self._first_step = time.perf_counter(), trainer.global_step
-        if sys.stdout.isatty() and trainer.is_global_zero:
+        if self.wants_bar and sys.stdout.isatty() and trainer.is_global_zero:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

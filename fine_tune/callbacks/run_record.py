@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import plan_of
-from fine_tune.run_folder import RunFolder
+from fine_tune.run_folder import run_of
 
 PACKAGES = (
     "fine-tune",
@@ -35,7 +35,7 @@ class RunRecord(Callback):
         self._start = time.monotonic()
         if trainer.is_global_zero:
             plan = plan_of(trainer)
-            run = _run(trainer)
+            run = run_of(trainer)
             starts = [
                 *run.read().get("starts", []),
                 {"time": _now(), "from_step": trainer.global_step},
@@ -63,7 +63,7 @@ class RunRecord(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if trainer.state.fn == "fit" and trainer.log_dir and _run(trainer).read():
+        if trainer.state.fn == "fit" and run_of(trainer).read():
             self._end(
                 trainer,
                 "interrupted"
@@ -80,14 +80,14 @@ class RunRecord(Callback):
 
     def _end(self, trainer: Trainer, status: str) -> None:
         if trainer.is_global_zero:
-            seconds = _run(trainer).read().get("seconds", 0.0) + time.monotonic() - self._start
-            _run(trainer).update(
+            seconds = run_of(trainer).read().get("seconds", 0.0) + time.monotonic() - self._start
+            run_of(trainer).update(
                 {"status": status, "step": trainer.global_step, "seconds": round(seconds, 3)}
             )
 
     def _result(self, trainer: Trainer, split: str) -> None:
         if trainer.is_global_zero:
-            run = _run(trainer)
+            run = run_of(trainer)
             metrics = {
                 name: float(value)
                 for name, value in trainer.callback_metrics.items()
@@ -129,10 +129,6 @@ def _patience_out(callback: Any) -> bool:
     return getattr(callback, "wait_count", 0) >= getattr(callback, "patience", 1) and getattr(
         callback, "enabled", True
     )
-
-
-def _run(trainer: Trainer) -> RunFolder:
-    return RunFolder(Path(trainer.log_dir or "."))
 
 
 def _now() -> str:

@@ -178,9 +178,8 @@ def _split_source(source: Source, found: dict[str, Dataset], options: Options) -
         elif not existing:
             split = options.split if isinstance(options.split, dict) else DEFAULT_RATIOS
             sides = assign_splits(_group_hashes(rows, source), split)
-            places = {
-                s: np.flatnonzero(sides == i) for i, s in enumerate(SPLITS) if split.get(s, 1) > 0
-            }
+            wanted = {"train", *(name for name, size in split.items() if size > 0)}
+            places = {s: np.flatnonzero(sides == i) for i, s in enumerate(SPLITS) if s in wanted}
         for split_name, positions in places.items():
             kept = positions[: options.max_rows.get(split_name, len(positions))]
             parts.append(_Part(split_name, name, rows.select(kept), kept, int(start)))

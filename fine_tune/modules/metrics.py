@@ -23,10 +23,10 @@ class TokenMetrics(Metric):
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("num_correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nll_sum: Tensor, num_tokens: int, num_correct: Tensor) -> None:
-        """Add one micro-batch: its summed NLL in nats, its supervised tokens, and how many were the likeliest."""
-        self.nll_sum += nll_sum.to(self.nll_sum.dtype)
-        self.num_tokens += num_tokens
+    def update(self, nll_N: Tensor, num_correct: Tensor) -> None:
+        """Add one micro-batch: the NLL of each supervised token in nats, and how many were the likeliest."""
+        self.nll_sum += nll_N.to(self.nll_sum.dtype).sum()
+        self.num_tokens += len(nll_N)
         self.num_correct += num_correct
 
     def compute(self) -> dict[str, Tensor]:

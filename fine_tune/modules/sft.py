@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fine_tune.batches import SFTBatch
-from fine_tune.losses import nll_sum, supervised_targets
+from fine_tune.losses import nll_per_token, nll_sum, supervised_targets
 from fine_tune.modules.base import StepModule
 
 
@@ -40,7 +40,7 @@ class SFT(StepModule):
     def evaluate(self, micro_batch: SFTBatch) -> None:
         logits_NV, targets_N = self._supervised_logits(micro_batch)
         num_correct = (logits_NV.argmax(-1) == targets_N).sum()
-        self.metrics.update(nll_sum(logits_NV, targets_N), len(targets_N), num_correct)
+        self.metrics.update(nll_per_token(logits_NV, targets_N), num_correct)
 
     def _supervised_logits(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
         assert self.model is not None

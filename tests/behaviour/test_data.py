@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TOKENIZER, write_rows
+from harness import TOKENIZER, write_rows
 from transformers import AutoTokenizer
 
 from fine_tune.data import SFTData

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CommandLine, write_rows
+from harness import CommandLine, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,6 +138,7 @@ def test_with_split_none_every_row_trains(command_line: CommandLine, fit_args: l
     outcome = command_line("fit", *fit_args, "--data.split", "none")
     assert outcome.code == 0, outcome.err
     assert outcome.run().read()["num_rows"] == {"train": 40}
+    assert outcome.run().checkpoint("last") is not None
     assert outcome.run().checkpoint("best") == outcome.run().checkpoint("last")
     refused = command_line("fit", *fit_args, "--data.split", "none", "--early_stopping.patience", 2)
     assert refused.code == 2
@@ -279,3 +280,46 @@ def assert_same_weights(first: Path | None, second: Path | None) -> None:
     one, other = (load_file(next(folder.glob("*model.safetensors"))) for folder in (first, second))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_templates_on_the_command_line_are_text(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    templates = ["--data.prompt", "Soal: {question}\nJawab:", "--data.completion= {answer}\n"]
+    outcome = command_line("fit", *fit_args, *templates, "--generations.rows", 1)
+    assert outcome.code == 0, outcome.err
+    first = json.loads((outcome.run().path / "generations.jsonl").read_text().splitlines()[0])
+    assert first["prompt"].startswith("Soal: Berapa")
+    assert first["prompt"].endswith("\nJawab:")
+    again = command_line("fit", "--config", outcome.run().path / "config.yaml", root=False)
+    assert again.metrics(version=1)[-1]["train/loss"] == again.metrics(version=0)[-1]["train/loss"]
+
+
+def test_loggers_plugins_and_callbacks_of_the_user_join_ours(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path / "theirs")},
+    }
+    plugin = {
+        "class_path": "lightning.pytorch.plugins.MixedPrecision",
+        "init_args": {"precision": "bf16-mixed", "device": "cpu"},
+    }
+    theirs = [
+        *("--trainer.logger", json.dumps([logger]), "--trainer.plugins", json.dumps(plugin)),
+        *("--trainer.callbacks", "lightning.pytorch.callbacks.Timer"),
+        *("--trainer.enable_progress_bar", "false"),
+    ]
+    outcome = command_line("fit", *fit_args, *theirs)
+    assert outcome.code == 0, outcome.err
+    assert "bf16-mixed" in outcome.out
+    assert list((tmp_path / "theirs").rglob("metrics.csv"))
+    assert len(outcome.metrics()) == outcome.run().read()["num_steps"]
+    assert outcome.run().checkpoint("best") is not None
+
+
+def test_a_split_may_leave_a_part_out(command_line: CommandLine, fit_args: list[str]) -> None:
+    outcome = command_line("fit", *fit_args, "--data.split", '{"train": 0.7, "validation": 0.3}')
+    assert outcome.code == 0, outcome.err
+    assert set(outcome.run().read()["num_rows"]) == {"train", "validation"}

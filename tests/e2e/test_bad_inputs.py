@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, CommandLine, Outcome, write_rows
+from harness import REPOSITORY, CommandLine, Outcome, write_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TOKENIZER, write_rows
+from harness import REPOSITORY, TOKENIZER, write_rows
 
 from fine_tune.run_folder import RunFolder
 
@@ -28,6 +28,8 @@ CASES = {
     "chat": ("chat.jsonl", None, None),
 }
 
+EPOCHS = {"gsm8k": "1", "dialogsum": "6", "facqa": "2", "chat": "3"}
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
@@ -44,7 +46,16 @@ def test_real_rows_from_raw_to_tested(case: str, tmp_path: Path) -> None:
         *("--model", "fine_tune.modules.SFT", "--model.from_config", json.dumps(MODEL)),
         *("--model.tokenizer", str(TOKENIZER), "--model.optimizer.lr", "3e-3"),
         *("--model.warmup_ratio", "0.1", "--trainer.gradient_clip_val", "1.0"),
-        *("--data", "fine_tune.data.SFTData", "--data.path", str(path), "--data.batch_size", "32"),
+        *(
+            "--data",
+            "fine_tune.data.SFTData",
+            "--data.path",
+            str(path),
+            "--data.batch_size",
+            "16",
+            "--data.epochs",
+            EPOCHS[case],
+        ),
         *("--data.max_tokens_per_micro_batch", "8192", "--generations.max_new_tokens", "24"),
         *(("--data.prompt", prompt, "--data.completion", str(completion)) if prompt else ()),
     ]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine
+from harness import CommandLine
 
 from fine_tune.loggers import MetricsCSV, QuietWandb
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CommandLine
+from harness import CommandLine
 from safetensors.torch import load_file
 
 DROPOUT = ["--model.config.attention_dropout", "0.1", "--trainer.gradient_clip_val", "1.0"]

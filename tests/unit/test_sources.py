@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import write_rows
 from datasets import Dataset, DatasetDict
+from harness import write_rows
 
 from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source
 from fine_tune.errors import UserError
