@@ -1,5 +1,6 @@
 """The command line of fit, validate and test: LightningCLI with the project's guards, folders and wording."""
 
+import enum
 import logging
 import os
 import sys
@@ -83,7 +84,9 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         file = runs.run_of(trainer).path / "config.yaml"
         if trainer.is_global_zero and not file.exists():
-            self.parser.save(self.config, str(file), skip_none=False, multifile=False)
+            self.parser.save(
+                _without_enums(self.config), str(file), skip_none=False, multifile=False
+            )
 
 
 class FineTuneCLI(LightningCLI):
@@ -173,7 +176,14 @@ class FineTuneCLI(LightningCLI):
                 problems += behind.problems
         if problems:
             raise UserError(*problems)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (
+            ValueError
+        ) as error:  # a class of the user's (callback, logger, plugin) refuses its arguments
+            if "Does not validate" not in str(error):
+                raise
+            raise UserError(f"trainer: {innermost(str(error))}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self._check_device()
@@ -223,8 +233,7 @@ class FineTuneCLI(LightningCLI):
     def _check_before_weights(self) -> None:
         """Prepare the data and hold everything against everything that needs no weights."""
         model, data = self.model, self.datamodule
-        if model.model_name_or_path or model.from_config:
-            data.cap_length(model.max_positions(data.tokenizer))
+        data.cap_length(model.max_positions(data.tokenizer if model.from_config else None))
         data.prepare_data()
         plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
         model.check(plan, data.tokenizer)
@@ -423,6 +432,15 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _without_enums(value: Any) -> Any:
+    """Replace enum members by their values: jsonargparse cannot write the string enums of Lightning's defaults."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _without_enums(item) for key, item in vars(value).items()})
+    if isinstance(value, list):
+        return [_without_enums(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _listed(value: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 Each format is one function ``(row, source) -> Example``; the example says which of the three it is by its keys.
 """
 
+import json
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,9 +119,9 @@ def messages(row: Row, _: Templates) -> Example:
             raise RowError(
                 f"messages[{i}].content must be a text, got {_short(turn.get('content'))}"
             )
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+    turns = _without_nulls(turns)
     check_roles([str(turn["role"]) for turn in turns])
-    return {"messages": turns, "tools": row.get("tools") or None}
+    return {"messages": turns, "tools": _tools(row.get("tools"))}
 
 
 def alpaca(row: Row, _: Templates) -> Example:
@@ -255,6 +256,24 @@ def _list(row: Row, name: str) -> list[Any]:
             f"the field '{name}' must be a list of turns, got {_short(value)}; the row has {sorted(row)}"
         )
     return value
+
+
+def _tools(value: Any) -> list[Any] | None:
+    if isinstance(value, str):  # a common way to keep schemas of different shape in one column
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"the field 'tools' is a text but not JSON: {error}") from error
+    if value is not None and not isinstance(value, list):
+        raise RowError(f"the field 'tools' must be a list of JSON schemas, got {_short(value)}")
+    return _without_nulls(value) or None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out the nulls that a table fills in where objects of one column have different keys."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

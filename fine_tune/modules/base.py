@@ -163,15 +163,15 @@ class StepModule(LightningModule):
         if self.lora is not None:
             models.check_lora(config, self.lora)
 
-    def max_positions(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    def max_positions(self, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
         """Return the longest row the model's positions allow, or None if its config sets no limit."""
         positions = getattr(self.model_config(tokenizer), "max_position_embeddings", None)
         return int(positions) if positions is not None else None
 
-    def model_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    def model_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
         """Return the model's config with the user's overrides; for a new model, the tokenizer's ids filled in."""
         fields = self.from_config
-        if fields is not None:
+        if fields is not None and tokenizer is not None:
             ids = {
                 name: getattr(tokenizer, name)
                 for name in ("bos_token_id", "eos_token_id", "pad_token_id")

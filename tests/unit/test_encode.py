@@ -120,3 +120,28 @@ def test_truncation_policies() -> None:
     assert truncate(ids, labels, 4, "prompt_left") == EncodedRow(ids[1:], labels[1:], 1, 0)
     assert truncate(ids, labels, 2, "prompt_left") is None  # no token would be left to predict from
     assert truncate(ids, labels, 4, "completion_right") == EncodedRow(ids[:4], labels[:4], 1, 1)
+
+
+def test_tools_reach_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ tools[0].function.name if tools else 'no tools' }}" + CHATML
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    encoder = Encoder(tokenizer, max_length=64)
+    tools = [{"type": "function", "function": {"name": "cuaca", "parameters": {}}}]
+    row = encode(encoder, {"messages": turns, "tools": tools})
+    assert tokenizer.decode(row.input_ids).startswith("cuaca<user>a")
+
+
+def test_a_tokenizer_that_adds_a_space_is_cut_by_characters() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "\u2581tanya", "\u2581:", "\u2581jawab", "\u2581ya", "\u2581"]
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    row = encode(Encoder(spaced, max_length=16), {"prompt": "tanya :", "completion": " jawab ya"})
+    assert [words[i] for i in row.input_ids] == [words[2], words[3], words[4], words[5], "</s>"]
+    assert row.labels[:2] == [IGNORE_INDEX] * 2
+    assert row.labels[2:] == row.input_ids[2:]

@@ -1,5 +1,6 @@
 """One literal row per format, and what is refused."""
 
+import json
 from typing import Any
 
 import pytest
@@ -60,6 +61,16 @@ def test_sharegpt_becomes_messages() -> None:
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "halo"},
     ]
+
+
+def test_tools_are_passed_through_without_the_nulls_of_the_table() -> None:
+    schema = {"type": "function", "function": {"name": "cuaca", "parameters": None}}
+    clean = [{"type": "function", "function": {"name": "cuaca"}}]
+    for tools in ([schema], json.dumps(clean)):
+        example = FORMATS["messages"]({**chat("user", "assistant"), "tools": tools}, NONE)
+        assert example["tools"] == clean
+    with pytest.raises(RowError, match="not JSON"):
+        FORMATS["messages"]({**chat("user", "assistant"), "tools": "{"}, NONE)
 
 
 def chat(*roles: str) -> dict[str, Any]:
