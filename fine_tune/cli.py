@@ -111,6 +111,12 @@ class FineTuneCLI(LightningCLI):
             default=False,
             help="Measure the test split once, after fit's last step.",
         )
+        parser.add_argument(
+            "--targets",
+            type=dict[str, float],
+            default={},
+            help="Metrics to reach, like {val/loss: 1.5}; the end says reached or missed.",
+        )
         for key, callback in FORCED_CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.link_arguments(
@@ -151,6 +157,11 @@ class FineTuneCLI(LightningCLI):
             for key, (default, instead) in OURS_NOT_TRAINERS.items()
             if self.settings.trainer.get(key) not in (default, None)
         ]
+        trainer = self.settings.trainer
+        if trainer.precision is None:
+            trainer.precision, self.why_precision = choose_precision(str(trainer.accelerator))
+        else:
+            self.why_precision = "as asked"
         try:
             runs.check_name(self.settings.name)
         except UserError as error:
@@ -208,6 +219,7 @@ class FineTuneCLI(LightningCLI):
             plugins=[*_listed(given.plugins), FolderCheckpointIO(self.model.export)],
             **kwargs,
         )
+        log.info("precision: %s (%s)", self.settings.trainer.precision, self.why_precision)
         for line in summary.start(str(self.subcommand), self.model, self.plan, trainer, run.path):
             log.info(line)
         return trainer
@@ -321,7 +333,8 @@ class FineTuneCLI(LightningCLI):
                 model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
             )
         if self.trainer.is_global_zero:
-            for line in summary.end_of_fit(self.run_folder, seconds):
+            targets = dict(self.settings.targets)
+            for line in summary.end_of_fit(self.run_folder, seconds, targets):
                 log.info(line)
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
@@ -342,6 +355,15 @@ class FineTuneCLI(LightningCLI):
         if self.trainer.is_global_zero:
             for line in summary.evaluation(self.run_folder):
                 log.info(line)
+
+
+def choose_precision(accelerator: str) -> tuple[str, str]:
+    """Choose the precision nobody asked for, by what the device can do, and say why."""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true", "the default on a CPU"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16-mixed", "the GPU computes in bfloat16"
+    return "16-mixed", "the GPU has no bfloat16"
 
 
 def main(args: list[str] | None = None) -> int:

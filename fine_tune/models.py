@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a folder, a hub name or a config; add LoRA.
+"""Load a causal language model and its tokenizer from a folder, a hub name or a config; quantize.
 
 Nothing here executes downloaded code or unpickles weights. Every check that needs no weights runs first.
 """
@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -181,6 +182,7 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """Load weights in safetensors, or initialise them at random when ``name`` is None.
 
@@ -190,6 +192,7 @@ def load_model(
         revision: Revision on the hub.
         dtype: Type of the weights in memory.
         attn_implementation: ``sdpa``, ``eager``, ... or None for the model's default.
+        quantization: What ``quantization_config`` made, or None; the weights are quantized shard by shard.
 
     Raises:
         UserError: Weights that do not fit the config.
@@ -200,6 +203,8 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if name is None:
         return AutoModelForCausalLM.from_config(config, **options)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     source, commit = resolve_source("model.model_name_or_path", name, revision)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -222,55 +227,32 @@ def load_model(
             f"model.model_name_or_path: '{name}' lacks {len(missing)} of the weights its config asks for "
             f"(first: {missing[0]}); they would have been random"
         )
+    _train_4bit_on_cpu(model)
     return cast(PreTrainedModel, model)
 
 
-def add_lora(model: PreTrainedModel, lora: Any) -> Any:
-    """Wrap a model in trainable LoRA adapters and freeze the rest.
+def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Describe how to quantize the linear layers; embeddings and head keep the model's dtype.
 
     Args:
-        model: The base model.
-        lora: A ``peft.LoraConfig``; its target names must exist in the model.
-
-    Raises:
-        UserError: Targets that do not exist, with the linear layers that do.
+        kind: ``nf4`` or ``fp4`` (4 bit, with the scales quantized once more, QLoRA, arXiv 2305.14314), or ``int8``.
+        compute_dtype: Type that 4-bit weights are multiplied in.
     """
-    from peft import get_peft_model
-
-    lora = copy.deepcopy(lora)
-    lora.task_type = "CAUSAL_LM"
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        if "target" not in str(error).lower():
-            raise UserError(f"model.lora: {_first_line(error)}") from error
-        names = linear_layer_names(model)
-        raise UserError(
-            f"model.lora.target_modules: {sorted(lora.target_modules or [])} are not in this "
-            f"{type(model).__name__}; its linear layers are named: {', '.join(names)}"
-        ) from error
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
-def check_lora(config: PreTrainedConfig, lora: Any) -> None:
-    """Try LoRA on the model's shape, without weights or memory.
-
-    Raises:
-        UserError: Targets that do not exist, with the linear layers that do.
-    """
-    with torch.device("meta"):
-        add_lora(AutoModelForCausalLM.from_config(copy.deepcopy(config)), lora)
-
-
-def linear_layer_names(model: torch.nn.Module) -> list[str]:
-    """List the last part of the name of every linear layer (GPT-2's Conv1D included) but the LM head."""
-    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    names = {
-        n.split(".")[-1]
-        for n, m in model.named_modules()
-        if type(m).__name__ in kinds and m is not head
-    }
-    return sorted(names)
+def _train_4bit_on_cpu(model: torch.nn.Module) -> None:
+    # On CPUs with AVX512-BF16, bitsandbytes re-packs 4-bit weights at the first evaluation, and training then fails.
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def _config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -321,46 +303,3 @@ def _unknown_field(where: str, key: str, config_class: type, known: list[str]) -
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def restore_weights(model: Any, folder: Path) -> None:
-    """Copy the weights of a checkpoint folder into a model of the same kind, bit for bit.
-
-    Raises:
-        UserError: The folder holds other weights than the model: full instead of adapter, another base, rank or
-            shape.
-    """
-    from peft import PeftModel
-
-    has_adapter = (folder / "adapter_config.json").is_file()
-    if isinstance(model, PeftModel) != has_adapter:
-        kinds = ("an adapter", "full weights") if has_adapter else ("full weights", "an adapter")
-        raise UserError(
-            f"ckpt_path: '{folder}' holds {kinds[0]}, but the config trains {kinds[1]} (model.lora)"
-        )
-    if isinstance(model, PeftModel):
-        _restore_adapter(model, folder)
-    else:
-        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-        model.load_state_dict(saved.state_dict())
-
-
-def _restore_adapter(model: Any, folder: Path) -> None:
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    now = model.active_peft_config
-    for field in ("base_model_name_or_path", "r", "lora_alpha"):
-        if saved.get(field) != getattr(now, field):
-            raise UserError(
-                f"ckpt_path: the adapter in '{folder}' has {field} {saved.get(field)!r}, the config gives "
-                f"{getattr(now, field)!r}; an adapter fits only the base and shape it was trained with"
-            )
-    weights = load_peft_weights(str(folder), device="cpu")
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if wanted != set(weights):
-        different = sorted(wanted ^ set(weights))
-        raise UserError(
-            f"ckpt_path: the adapter in '{folder}' has other layers than the config's (first: {different[0]})"
-        )
-    set_peft_model_state_dict(model, weights)

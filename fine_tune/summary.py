@@ -19,7 +19,12 @@ def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> 
         model.model_name_or_path
         or f"new {(model.from_config or {}).get('model_type', 'model')}, random weights"
     )
-    how = f"LoRA r={model.lora.r}" if model.lora else "all weights"
+    how = "all weights"
+    if model.lora:
+        targets = model.lora.target_modules or "peft's default layers"
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        how = f"LoRA r={model.lora.r} alpha={model.lora.lora_alpha} on {names}"
+        how = f"{model.quantization} + {how}" if model.quantization else how
     lines = [
         f"{verb}: {source}, {how}, {trainer.precision} on {trainer.num_devices} x {trainer.strategy.root_device.type}",
         f"data: {rows}",
@@ -36,7 +41,7 @@ def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> 
     return [*lines, f"run folder: {folder}"]
 
 
-def end_of_fit(run: RunFolder, seconds: float) -> list[str]:
+def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> list[str]:
     """Lines that say what came out, where it is, and the next command."""
     record = run.read()
     lines = ["", *_answers(run)]
@@ -54,6 +59,7 @@ def end_of_fit(run: RunFolder, seconds: float) -> list[str]:
             if _is_of(name, result)
         )
         lines.append(f"{result['split']} of {result['checkpoint']}: {shown}")
+    lines += _targets(record, targets)
     config = run.path / "config.yaml"
     lines += [
         f"best: step {record.get('best_step')}  {run.checkpoints / str(record.get('best'))}",
@@ -64,6 +70,22 @@ def end_of_fit(run: RunFolder, seconds: float) -> list[str]:
         lines.append(f"next: python -m fine_tune test --config {config} --ckpt_path best")
     else:
         lines.append(f"next: python -m fine_tune fit --config {config} --ckpt_path last")
+    return lines
+
+
+def _targets(record: dict[str, Any], targets: dict[str, float]) -> list[str]:
+    measured = {k: v for result in record.get("results", []) for k, v in result["metrics"].items()}
+    lines = []
+    for name, target in targets.items():
+        if name not in measured:
+            lines.append(
+                f"target {name} {target:g}: not measured; known: {', '.join(sorted(measured))}"
+            )
+            continue
+        lower_is_better = not name.endswith(("accuracy", "exact_match"))
+        reached = measured[name] <= target if lower_is_better else measured[name] >= target
+        verdict = "reached" if reached else "missed"
+        lines.append(f"target {name} {target:g}: {verdict} with {measured[name]:.4g}")
     return lines
 
 

@@ -5,6 +5,7 @@ the backwards itself and returns a detached loss, so Lightning's own backward fi
 """
 
 import hashlib
+import logging
 import os
 import random
 import time
@@ -20,11 +21,12 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from fine_tune import models
+from fine_tune import adapters, models
 from fine_tune.batches import DataPlan, cut_by_tokens, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
 from fine_tune.modules.metrics import TokenMetrics
 
+log = logging.getLogger("fine_tune")
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 _HF_SCHEDULES = {
     "cosine": "cosine",
@@ -50,7 +52,9 @@ class StepModule(LightningModule):
         tokenizer: Folder or hub name of the tokenizer. None: the model's.
         dtype: Type of the weights in memory. auto: float32; bfloat16 under LoRA on a GPU that has it.
         attn_implementation: sdpa, eager, flex_attention ... None: the model's default.
-        lora: LoRA settings with peft's own names (r, lora_alpha, lora_dropout, target_modules ...). None: train all.
+        quantization: Load the frozen weights in 4 bit (nf4, fp4) or 8 bit (int8); needs ``lora``.
+        lora: LoRA settings with peft's own names (r, lora_alpha, lora_dropout, target_modules ...), or auto: by the
+            model's size, on all its linear layers. None: train all weights.
         gradient_checkpointing: Recompute activations in the backward pass: about a third slower, far less memory.
         optimizer: Any torch or bitsandbytes optimizer; matrices decay by its ``weight_decay``, vectors do not.
         lr_scheduler: Shape of the learning rate after warm-up.
@@ -67,7 +71,8 @@ class StepModule(LightningModule):
         tokenizer: str | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         attn_implementation: str | None = None,
-        lora: LoraConfig | None = None,
+        quantization: Literal["nf4", "fp4", "int8"] | None = None,
+        lora: LoraConfig | Literal["auto"] | None = None,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
         lr_scheduler: Schedule = "cosine",
@@ -87,6 +92,14 @@ class StepModule(LightningModule):
             problems.append(f"model.warmup_steps: must not be negative, got {warmup_steps}")
         if warmup_ratio is not None and not 0 <= warmup_ratio <= 1:
             problems.append(f"model.warmup_ratio: must lie between 0 and 1, got {warmup_ratio}")
+        if quantization is not None and lora is None:
+            problems.append(
+                "model.quantization: quantized weights are frozen; set model.lora, like auto"
+            )
+        if quantization is not None and model_name_or_path is None:
+            problems.append(
+                "model.quantization: needs weights to quantize; set model.model_name_or_path"
+            )
         problems += _optimizer_problems(optimizer)
         if problems:
             raise UserError(*problems)
@@ -94,7 +107,8 @@ class StepModule(LightningModule):
         self.from_config, self.config_overrides = from_config, config or {}
         self.tokenizer_source = tokenizer or model_name_or_path
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
-        self.lora, self.gradient_checkpointing = lora, gradient_checkpointing
+        self.quantization, self.lora = quantization, lora
+        self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
         self.strict_loading = (
@@ -160,8 +174,10 @@ class StepModule(LightningModule):
             )
         if problems:
             raise UserError(*problems)
+        if self.lora == "auto":
+            self.lora = adapters.auto_lora(config)
         if self.lora is not None:
-            models.check_lora(config, self.lora)
+            adapters.check_lora(config, self.lora)
 
     def max_positions(self, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
         """Return the longest row the model's positions allow, or None if its config sets no limit."""
@@ -191,13 +207,25 @@ class StepModule(LightningModule):
             revision=self.revision,
             dtype=self._weights_dtype(),
             attn_implementation=self.attn_implementation,
+            quantization=models.quantization_config(self.quantization, self._compute_dtype())
+            if self.quantization
+            else None,
         )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        self.model = models.add_lora(model, self.lora) if self.lora is not None else model
+        self.model = adapters.add_lora(model, self.lora) if self.lora is not None else model
         self.model.train()
+        if self.trainer.state.fn == "fit":
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            total = self.model.num_parameters()
+            log.info(
+                "weights: %s, %s of them trained (%.2f %%)",
+                f"{total:,}",
+                f"{trained:,}",
+                100 * trained / total,
+            )
 
     def configure_optimizers(self) -> Any:
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -430,7 +458,7 @@ class StepModule(LightningModule):
         """
         self.configure_model()
         assert self.model is not None
-        models.restore_weights(self.model, Path(checkpoint["folder"]))
+        adapters.restore_weights(self.model, Path(checkpoint["folder"]))
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         if self.trainer.state.fn == "fit" and checkpoint["global_step"] < self.plan.num_steps:
             loops["epoch_loop.batch_progress"]["is_last_batch"] = (
@@ -454,6 +482,13 @@ class StepModule(LightningModule):
             if self.lora and on_gpu and torch.cuda.is_bf16_supported(False)
             else torch.float32
         )
+
+    def _compute_dtype(self) -> torch.dtype:
+        """Return the type 4-bit weights are multiplied in: it follows the trainer's precision."""
+        precision = str(self.trainer.precision)
+        if precision.startswith("bf16"):
+            return torch.bfloat16
+        return torch.float16 if precision.startswith("16") else self._weights_dtype()
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,0 +1,127 @@
+"""LoRA adapters, and putting a checkpoint's weights back into a model of the same kind."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from fine_tune.errors import UserError
+
+NEVER_ADAPTED = ("experts", "router", "gate", "shared_expert_gate")  # routing, and fused experts
+
+
+def add_lora(model: PreTrainedModel, lora: Any) -> Any:
+    """Wrap a model in trainable LoRA adapters and freeze the rest.
+
+    Args:
+        model: The base model.
+        lora: A ``peft.LoraConfig``; its target names must exist in the model.
+
+    Raises:
+        UserError: Targets that do not exist, with the linear layers that do.
+    """
+    lora = copy.deepcopy(lora)
+    lora.task_type = "CAUSAL_LM"
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        if "target" not in str(error).lower():
+            raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
+        names = linear_layer_names(model)
+        raise UserError(
+            f"model.lora.target_modules: {sorted(lora.target_modules or [])} are not in this "
+            f"{type(model).__name__}; its linear layers are named: {', '.join(names)}"
+        ) from error
+
+
+def auto_lora(config: PreTrainedConfig) -> LoraConfig:
+    """Choose LoRA settings from the model's size: all linear layers, never experts or routers.
+
+    Up to 0.6B weights r 8 and alpha 16; up to 3B 16 and 32; above, the same with rank-stabilised scaling (rsLoRA,
+    arXiv 2312.03732); from 6B 32 and 64 with rsLoRA. No dropout.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    rank = 8 if billions <= 0.6 else 16 if billions < 6 else 32
+    targets = [name for name in linear_layer_names(model) if name not in NEVER_ADAPTED]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        use_rslora=billions > 3,
+        target_modules=targets,
+        exclude_modules=r".*\.experts\..*",
+    )
+
+
+def check_lora(config: PreTrainedConfig, lora: Any) -> None:
+    """Try LoRA on the model's shape, without weights or memory.
+
+    Raises:
+        UserError: Targets that do not exist, with the linear layers that do.
+    """
+    with torch.device("meta"):
+        add_lora(AutoModelForCausalLM.from_config(copy.deepcopy(config)), lora)
+
+
+def linear_layer_names(model: torch.nn.Module) -> list[str]:
+    """List the last part of the name of every linear layer (GPT-2's Conv1D included) but the LM head."""
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    names = {
+        n.split(".")[-1]
+        for n, m in model.named_modules()
+        if type(m).__name__ in kinds and m is not head
+    }
+    return sorted(names)
+
+
+def restore_weights(model: Any, folder: Path) -> None:
+    """Copy the weights of a checkpoint folder into a model of the same kind, bit for bit.
+
+    Raises:
+        UserError: The folder holds other weights than the model: full instead of adapter, another base, rank or
+            shape.
+    """
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if isinstance(model, PeftModel) != has_adapter:
+        kinds = ("an adapter", "full weights") if has_adapter else ("full weights", "an adapter")
+        raise UserError(
+            f"ckpt_path: '{folder}' holds {kinds[0]}, but the config trains {kinds[1]} (model.lora)"
+        )
+    if isinstance(model, PeftModel):
+        _restore_adapter(model, folder)
+    else:
+        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+        model.load_state_dict(saved.state_dict())
+
+
+def _restore_adapter(model: Any, folder: Path) -> None:
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    now = model.active_peft_config
+    for field in ("base_model_name_or_path", "r", "lora_alpha"):
+        if saved.get(field) != getattr(now, field):
+            raise UserError(
+                f"ckpt_path: the adapter in '{folder}' has {field} {saved.get(field)!r}, the config gives "
+                f"{getattr(now, field)!r}; an adapter fits only the base and shape it was trained with"
+            )
+    weights = load_peft_weights(str(folder), device="cpu")
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if wanted != set(weights):
+        different = sorted(wanted ^ set(weights))
+        raise UserError(
+            f"ckpt_path: the adapter in '{folder}' has other layers than the config's (first: {different[0]})"
+        )
+    set_peft_model_state_dict(model, weights)

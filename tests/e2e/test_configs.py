@@ -1,0 +1,107 @@
+"""Every shipped YAML parses and takes real steps, with tiny stand-ins for model and data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import REPOSITORY, TOKENIZER, CommandLine, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, Qwen2Config
+
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def stand_in_model(name: str, folder: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
+    config = Qwen2Config(**sizes, **ids, num_key_value_heads=2) if "qwen" in name else PhiConfig(**sizes, **ids)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def stand_in_rows(name: str, folder: Path, num_train: int = 40) -> str:
+    """Write tiny rows in place of the experiment's own, with the fields its YAML names."""
+    if name == "qwen_coder_chat":
+        turns = [{"role": "user", "content": "hai"}, {"role": "assistant", "content": "halo"}]
+        rows = [
+            {"messages": [{**turns[0], "content": f"hai {i}"}, turns[1]]} for i in range(num_train)
+        ]
+        return str(write_rows(folder / "chat.jsonl", rows))
+    files = {}
+    for split, count in {"train": num_train, "validation": 4, "test": 4}.items():
+        rows = [{"document": f"satu {i % 7}", "summary": f"dua {i % 7}"} for i in range(count)]
+        files[split] = str(write_rows(folder / f"{split}.jsonl", rows))
+    return str(files)
+
+
+def stand_ins(name: str, tmp_path: Path, num_train: int = 500) -> list[str]:
+    if name == "quickstart":
+        return []
+    return [
+        *("--model.model_name_or_path", str(stand_in_model(name, tmp_path / "model"))),
+        *("--data.path", stand_in_rows(name, tmp_path, num_train), "--data.revision", "null"),
+    ]
+
+
+def test_there_are_configs() -> None:
+    assert [path.stem for path in CONFIGS] == ["phi2_xsum", "quickstart", "qwen_coder_chat"]
+    assert all(len(path.read_text().splitlines()) <= 60 for path in CONFIGS)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_takes_three_real_steps(
+    command_line: CommandLine, tmp_path: Path, config: Path
+) -> None:
+    args = [*stand_ins(config.stem, tmp_path), "--trainer.max_steps", "3"]
+    args += ["--trainer.log_every_n_steps", "1", "--generations.max_new_tokens", "2"]
+    outcome = command_line("fit", "--config", config, *args)
+    assert outcome.code == 0, outcome.err
+    assert [row["step"] for row in outcome.metrics(config.stem)] == ["1", "2", "3"]
+
+
+def test_phi2_xsum_runs_its_schedule_to_the_end(command_line: CommandLine, tmp_path: Path) -> None:
+    args = [*stand_ins("phi2_xsum", tmp_path, num_train=5000), "--generations.rows", "0"]
+    args += ["--trainer.log_every_n_steps", "100"]
+    config = REPOSITORY / "configs" / "phi2_xsum.yaml"
+    outcome = command_line("fit", "--config", config, *args)
+    assert outcome.code == 0, outcome.err
+    rates = {
+        int(row["step"]): float(row["lr"]) for row in outcome.metrics("phi2_xsum") if row["lr"]
+    }
+    shown = {step: f"{rate:.2e}" for step, rate in rates.items()}
+    first = {step: shown[step] for step in (100, 200, 300, 400, 500)}
+    expected = ("1.96e-04", "1.69e-04", "1.21e-04", "6.70e-05", "2.28e-05")
+    assert tuple(first.values()) == expected
+    record = outcome.run("phi2_xsum").read()
+    assert record["num_steps"] == 625
+    assert record["num_rows"] == {"train": 5000, "validation": 4, "test": 4}
+    validated = [int(row["step"]) for row in outcome.metrics("phi2_xsum") if row["val/loss"]]
+    assert validated == [500, 625]
+
+
+def test_targets_are_reached_or_missed(command_line: CommandLine, fit_args: list[str]) -> None:
+    targets = '{"val/loss": 100, "val/token_accuracy": 1.5, "val/blue": 3}'
+    outcome = command_line("fit", *fit_args, "--targets", targets)
+    assert outcome.code == 0, outcome.err
+    assert "target val/loss 100: reached with" in outcome.out
+    assert "target val/token_accuracy 1.5: missed with" in outcome.out
+    assert "target val/blue 3: not measured" in outcome.out
+
+
+def test_the_precision_that_ran_is_said_and_saved(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    outcome = command_line("fit", *fit_args, "--trainer.max_steps", 1)
+    assert "precision: 32-true (the default on a CPU)" in outcome.out
+    assert "precision: 32-true" in (outcome.run().path / "config.yaml").read_text()
+    asked = command_line(
+        "fit", *fit_args, "--trainer.max_steps", 1, "--trainer.precision", "bf16-mixed"
+    )
+    assert "precision: bf16-mixed (as asked)" in asked.out
