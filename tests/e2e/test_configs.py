@@ -19,7 +19,11 @@ def stand_in_model(name: str, folder: Path) -> Path:
         "num_attention_heads": 2,
     }
     ids = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
-    config = Qwen2Config(**sizes, **ids, num_key_value_heads=2) if "qwen" in name else PhiConfig(**sizes, **ids)
+    config = (
+        Qwen2Config(**sizes, **ids, num_key_value_heads=2)
+        if "qwen" in name
+        else PhiConfig(**sizes, **ids)
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

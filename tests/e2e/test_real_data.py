@@ -1,5 +1,6 @@
 """Real rows to the end with the real command line: fit, then test on the held-out part."""
 
+import csv
 import json
 import os
 import subprocess
@@ -64,10 +65,8 @@ def test_real_rows_from_raw_to_tested(case: str, tmp_path: Path) -> None:
     fine_tune("test", "--config", str(run.path / "config.yaml"), "--ckpt_path", "best")
     record = run.read()
     validation, test = (result["metrics"] for result in record["results"])
-    losses = [
-        float(line.split(",")[2])
-        for line in (run.path / "metrics.csv").read_text().splitlines()[1:]
-    ]
+    with open(run.path / "metrics.csv", newline="") as handle:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(handle) if row["train/loss"]]
     print(
         f"\n{case}: {record['num_rows']}, {record['num_steps']} steps in {record['seconds']:.0f} s, "
         f"train/loss {losses[0]:.3f} -> {losses[-1]:.3f}, val/loss {validation['val/loss']:.4f}, "
