@@ -158,7 +158,9 @@ class FineTuneCLI(LightningCLI):
             if self.settings.trainer.get(key) not in (default, None)
         ]
         trainer = self.settings.trainer
-        if trainer.precision is None:
+        if trainer.plugins:
+            self.why_precision = "the plugins decide"
+        elif trainer.precision is None:
             trainer.precision, self.why_precision = choose_precision(str(trainer.accelerator))
         else:
             self.why_precision = "as asked"

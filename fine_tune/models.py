@@ -281,10 +281,9 @@ def _config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(*(_unknown_field(where, key, config_class, known) for key in unknown))
     try:
         return config_class(**fields)
-    except (
-        Exception
-    ) as error:  # the config classes of transformers raise errors of several libraries
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the config classes raise errors of several libraries
+        told = " ".join(str(error).split())
+        raise UserError(f"{where}: {config_class.__name__} refuses {fields}: {told}") from error
 
 
 def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
