@@ -2,10 +2,8 @@
 
 import enum
 import logging
-import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,11 @@ from fine_tune.callbacks.early_stopping import EarlyStopping  # noqa: E402
 from fine_tune.callbacks.generations import Generations  # noqa: E402
 from fine_tune.callbacks.progress import TrainingProgress  # noqa: E402
 from fine_tune.callbacks.run_record import RunRecord  # noqa: E402
-from fine_tune.checkpoint import FolderCheckpointIO, check_whole  # noqa: E402
+from fine_tune.checkpoint import FolderCheckpointIO  # noqa: E402
 from fine_tune.config_check import check_settings, innermost  # noqa: E402
 from fine_tune.errors import UserError  # noqa: E402
 from fine_tune.loggers import MetricsCSV, default_loggers  # noqa: E402
+from fine_tune.places import claim, find_place, is_first_process  # noqa: E402
 
 log = logging.getLogger("fine_tune")
 FORCED_CALLBACKS = {
@@ -40,7 +39,6 @@ FORCED_CALLBACKS = {
 }
 HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
 NO_CHECK = ("-h", "--print_config", "--print_shtab")
-RUN_VARIABLE = "FINE_TUNE_RUN_FOLDER"  # tells the processes that a strategy starts which folder the first one took
 OURS_NOT_TRAINERS = {
     "max_epochs": (None, "epochs are the data's: set data.epochs"),
     "check_val_every_n_epoch": (
@@ -61,14 +59,6 @@ OURS_NOT_TRAINERS = {
     ),
     "use_distributed_sampler": (True, "rows are spread over processes by the data module"),
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run writes, and the checkpoint it starts from."""
-
-    run: runs.RunFolder | None
-    checkpoint: Path | None
 
 
 class Parser(LightningArgumentParser):
@@ -201,15 +191,21 @@ class FineTuneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self._check_device()
         self._check_before_weights()
-        self.place = self._find_place(str(self.subcommand), self.settings.get("ckpt_path"))
-        run = self._claim(self.place.run)
+        self.place = find_place(
+            str(self.subcommand),
+            self.settings.get("ckpt_path"),
+            name=self.settings.name,
+            root=self.root,
+            configs=[str(config) for config in self.settings.config or []],
+        )
+        run = claim(self.place, self.settings.name, self.root)
         self.run_folder = run
-        if _is_first_process():
+        if is_first_process():
             tee_to(run.path / "train.log")
         given = self._get(self.config_init, "trainer")
         own_loggers: list[Logger] = [MetricsCSV(run.path)]
         if self.subcommand == "fit":
-            own_loggers = default_loggers(run.path, keep_until=_step_of(self.place.checkpoint))
+            own_loggers = default_loggers(run.path, keep_until=self.place.step)
         trainer = super().instantiate_trainer(
             max_epochs=1,
             check_val_every_n_epoch=None,
@@ -269,54 +265,6 @@ class FineTuneCLI(LightningCLI):
             )
         if problems:
             raise UserError(*problems)
-
-    def _find_place(self, verb: str, ckpt_path: str | None) -> Place:
-        name, own = (
-            self.settings.name,
-            runs.run_of_config([str(c) for c in self.settings.config or []]),
-        )
-        if os.environ.get(RUN_VARIABLE) and not _is_first_process():
-            own = runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
-        if ckpt_path is None:
-            return Place(None, None)
-        if ckpt_path not in ("best", "last"):
-            return self._place_of_path(verb, Path(ckpt_path))
-        if own is None and verb == "fit":
-            own = runs.unfinished_version(self.root, name)
-        if own is None:
-            own = runs.newest_with_checkpoint(self.root, name, ckpt_path)
-        checkpoint = own.checkpoint(ckpt_path)
-        if checkpoint is None:
-            raise UserError(f"ckpt_path: {own.path} has no {ckpt_path} checkpoint")
-        check_whole(checkpoint)
-        continues = verb != "fit" or ckpt_path == "last" or checkpoint == own.checkpoint("last")
-        return Place(own if continues else None, checkpoint.resolve())
-
-    def _place_of_path(self, verb: str, checkpoint: Path) -> Place:
-        if not checkpoint.is_dir():
-            beside = sorted(
-                p.name
-                for p in checkpoint.parent.glob("*")
-                if p.is_dir() and not p.name.startswith(".")
-            )
-            listed = f"; there are {', '.join(beside)}" if beside else ""
-            raise UserError(
-                f"ckpt_path: '{checkpoint}' does not exist{listed}; or give best or last"
-            )
-        check_whole(checkpoint)
-        own = runs.RunFolder(checkpoint.resolve().parent.parent)
-        last = own.checkpoint("last")
-        continues = bool(own.read()) and (
-            verb != "fit" or (last is not None and last.resolve() == checkpoint.resolve())
-        )
-        return Place(own if continues else None, checkpoint.resolve())
-
-    def _claim(self, run: runs.RunFolder | None) -> runs.RunFolder:
-        if not _is_first_process() and os.environ.get(RUN_VARIABLE):
-            return runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
-        run = run or runs.new_version(self.root, self.settings.name)
-        os.environ[RUN_VARIABLE] = str(run.path)
-        return run
 
     # ---- verbs
 
@@ -436,19 +384,6 @@ def _validation_steps(interval: Any, steps_per_epoch: int) -> Any:
             f"trainer.val_check_interval: must be at least 1 optimizer step, got {interval}"
         )
     return interval
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("step=")[2]) if checkpoint is not None else 0
-
-
-def _is_first_process() -> bool:
-    return (
-        os.environ.get("RANK")
-        or os.environ.get("SLURM_PROCID")
-        or os.environ.get("LOCAL_RANK")
-        or "0"
-    ) == "0"
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:

@@ -4,10 +4,8 @@ Lightning's automatic optimization stays in charge of clipping, precision, scale
 the backwards itself and returns a detached loss, so Lightning's own backward finds nothing to do.
 """
 
-import hashlib
 import logging
 import os
-import random
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -19,22 +17,18 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fine_tune import adapters, models
 from fine_tune.batches import DataPlan, cut_by_tokens, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
+from fine_tune.modules.generation import generate
 from fine_tune.modules.metrics import TokenMetrics
+from fine_tune.modules.optimization import Schedule, optimizer_problems, parameter_groups, schedule
+from fine_tune.modules.ranks import sum_gradients_over_ranks, sum_over_ranks
+from fine_tune.modules.seeding import seed_all
 
 log = logging.getLogger("fine_tune")
-Schedule = Literal["cosine", "linear", "constant", "wsd"]
-_HF_SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "wsd": "warmup_stable_decay",
-}
-_WSD_DECAY_SHARE = 0.1  # of all steps, the decay phase of warmup-stable-decay (MiniCPM, arXiv 2404.06395, section 4)
 
 
 class StepModule(LightningModule):
@@ -100,7 +94,7 @@ class StepModule(LightningModule):
             problems.append(
                 "model.quantization: needs weights to quantize; set model.model_name_or_path"
             )
-        problems += _optimizer_problems(optimizer)
+        problems += optimizer_problems(optimizer)
         if problems:
             raise UserError(*problems)
         self.model_name_or_path, self.revision = model_name_or_path, revision
@@ -228,24 +222,9 @@ class StepModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trainable if p.ndim >= 2]},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
-        steps, warmup = self.plan.num_steps, self.num_warmup_steps(self.plan)
-        extra = {}
-        if self.lr_scheduler == "wsd":
-            decay = max(1, int(_WSD_DECAY_SHARE * steps))
-            extra = {"num_decay_steps": decay, "num_stable_steps": max(0, steps - warmup - decay)}
-        scheduler = get_scheduler(
-            _HF_SCHEDULES[self.lr_scheduler],
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=None if self.lr_scheduler == "wsd" else steps,
-            scheduler_specific_kwargs=extra,
-        )
+        optimizer = self.optimizer(parameter_groups(self.parameters()))
+        warmup, steps = self.num_warmup_steps(self.plan), self.plan.num_steps
+        scheduler = schedule(optimizer, self.lr_scheduler, num_warmup_steps=warmup, num_steps=steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -264,15 +243,16 @@ class StepModule(LightningModule):
         seed_all(self._seed, self.trainer.global_step, self.global_rank)
         self.trainer.optimizers[0].zero_grad(set_to_none=True)
         counts = torch.tensor([self.loss_count(batch), sum(batch["lengths"])], dtype=torch.float64)
-        count, num_tokens = self._sum_over_ranks(counts).tolist()
+        count, num_tokens = sum_over_ranks(counts, self.device, self.trainer.world_size).tolist()
         loss = torch.zeros((), device=self.device)
         for rows in cut_by_tokens(batch["lengths"], self.plan.max_tokens_per_micro_batch):
             micro_loss = self.loss_sum(self.take_rows(batch, rows)) / count
             with torch.autocast(self.device.type, enabled=False):
                 self.trainer.strategy.backward(micro_loss, None)
             loss += micro_loss.detach()
-        self._sum_gradients_over_ranks()
-        loss = self._sum_over_ranks(loss)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        sum_gradients_over_ranks(trained, self.device, self.trainer.world_size)
+        loss = sum_over_ranks(loss, self.device, self.trainer.world_size)
         self._interval_tokens += int(num_tokens)
         self._log_step(loss)
         return loss
@@ -323,33 +303,6 @@ class StepModule(LightningModule):
             self._interval_tokens, self._interval_start = 0, now
         self.log_dict(values)
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return value
-        value = value.to(self.device)
-        torch.distributed.all_reduce(value)
-        return value
-
-    def _sum_gradients_over_ranks(self) -> None:
-        if self.trainer.world_size == 1:
-            return
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        has_gradient = torch.tensor(
-            [p.grad is not None for p in parameters], dtype=torch.int32, device=self.device
-        )
-        torch.distributed.all_reduce(has_gradient)
-        touched = [
-            p for p, any_rank in zip(parameters, has_gradient.tolist(), strict=True) if any_rank
-        ]
-        for parameter in touched:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([p.grad for p in touched if p.grad is not None]):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            torch.distributed.all_reduce(flat)
-            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
     # ---- evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -383,7 +336,6 @@ class StepModule(LightningModule):
             }
         self.log_dict(values, logger=fitting)  # results of validate and test go to the run's record
 
-    @torch.no_grad()
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]
     ) -> list[list[int]]:
@@ -398,34 +350,9 @@ class StepModule(LightningModule):
             Token ids of each answer, without the stop token.
         """
         assert self.model is not None
-        longest = max(len(prompt) for prompt in prompts)
-        pad = self._tokenizer.pad_token_id
-        input_ids = torch.tensor(
-            [[pad] * (longest - len(p)) + p for p in prompts], device=self.device
-        )
-        mask = torch.tensor(
-            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device
-        )
-        was_training = self.model.training
-        self.model.eval()
         with self.trainer.precision_plugin.forward_context():
-            written = cast(Any, self.model).generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=stop_ids,
-            )
-        self.model.train(was_training)
-        answers = []
-        for row in written[:, longest:].tolist():
-            stop = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
-            answers.append(row[:stop])
-        return answers
+            pad_token_id = int(cast(int, self._tokenizer.pad_token_id))
+            return generate(self.model, prompts, max_new_tokens, stop_ids, pad_token_id)
 
     # ---- checkpoints
 
@@ -493,38 +420,3 @@ class StepModule(LightningModule):
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return data_of(self.trainer).tokenizer
-
-
-def seed_all(*parts: object) -> None:
-    """Seed python, numpy and torch from the given values, the same way on every machine.
-
-    Called at every step with (seed, step, rank), random numbers are a function of the step, so nothing of a generator
-    has to be saved and nothing that runs in between (validation, generation) disturbs them.
-    """
-    value = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-    random.seed(value)
-    np.random.seed(value % 2**32)
-    torch.manual_seed(value)
-
-
-def _optimizer_problems(optimizer: OptimizerCallable) -> list[str]:
-    try:
-        trial = optimizer([torch.nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError) as error:
-        return [f"model.optimizer: {error}"]
-    rate = trial.param_groups[0].get("lr")
-    if rate is None or not 0 < float(rate) < float("inf"):
-        return [f"model.optimizer.lr: the learning rate must be above 0 and finite, got {rate}"]
-    return []
-
-
-def _buckets(tensors: list[Tensor], max_numel: int = 2**25) -> list[list[Tensor]]:
-    buckets: list[list[Tensor]] = []
-    numel, dtype = max_numel + 1, None
-    for tensor in tensors:
-        if numel + tensor.numel() > max_numel or tensor.dtype != dtype:
-            buckets.append([])
-            numel, dtype = 0, tensor.dtype
-        buckets[-1].append(tensor)
-        numel += tensor.numel()
-    return buckets

@@ -1,0 +1,95 @@
+"""Where a run writes, and the checkpoint it starts from."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fine_tune import run_folder as runs
+from fine_tune.checkpoint import check_whole
+from fine_tune.errors import UserError
+
+RUN_VARIABLE = (
+    "FINE_TUNE_RUN_FOLDER"  # tells the processes a strategy starts which folder the first one took
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run folder to go on in (None: a new version), and the checkpoint to start from (None: none)."""
+
+    run: runs.RunFolder | None
+    checkpoint: Path | None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps the checkpoint has seen."""
+        return (
+            int(self.checkpoint.name.rpartition("step=")[2]) if self.checkpoint is not None else 0
+        )
+
+
+def find_place(
+    verb: str, ckpt_path: str | None, *, name: str, root: Path, configs: list[str]
+) -> Place:
+    """Resolve ``best``, ``last`` or a path.
+
+    ``fit`` goes on in the folder of the last checkpoint; from any other it starts a new version, so that nothing
+    recorded after it is lost. ``validate`` and ``test`` write into the folder of the checkpoint.
+
+    Args:
+        verb: fit, validate or test.
+        ckpt_path: What the user gave.
+        name: The run's name.
+        root: Folder that holds ``lightning_logs``.
+        configs: YAML files of the command line; one inside a run folder names that run.
+
+    Raises:
+        UserError: No such checkpoint, a damaged one, or several runs it could be.
+    """
+    if ckpt_path is None:
+        return Place(None, None)
+    if ckpt_path not in ("best", "last"):
+        return _place_of_path(verb, Path(ckpt_path))
+    own = runs.run_of_config(configs)
+    if not is_first_process() and RUN_VARIABLE in os.environ:
+        own = runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
+    if own is None and verb == "fit":
+        own = runs.unfinished_version(root, name)
+    if own is None:
+        own = runs.newest_with_checkpoint(root, name, ckpt_path)
+    checkpoint = own.checkpoint(ckpt_path)
+    if checkpoint is None:
+        raise UserError(f"ckpt_path: {own.path} has no {ckpt_path} checkpoint")
+    return _place(verb, own, checkpoint)
+
+
+def claim(place: Place, name: str, root: Path) -> runs.RunFolder:
+    """Take the run folder to write to; the processes started after the first one take the same."""
+    if not is_first_process() and RUN_VARIABLE in os.environ:
+        return runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
+    run = place.run or runs.new_version(root, name)
+    os.environ[RUN_VARIABLE] = str(run.path)
+    return run
+
+
+def is_first_process() -> bool:
+    """Whether this process has rank 0, told by the environment before any process group exists."""
+    ranks = (os.environ.get(key) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return next((rank for rank in ranks if rank), "0") == "0"
+
+
+def _place_of_path(verb: str, checkpoint: Path) -> Place:
+    if not checkpoint.is_dir():
+        folders = (p for p in checkpoint.parent.glob("*") if p.is_dir() and p.name[0] != ".")
+        beside = sorted(p.name for p in folders)
+        listed = f"; there are {', '.join(beside)}" if beside else ""
+        raise UserError(f"ckpt_path: '{checkpoint}' does not exist{listed}; or give best or last")
+    return _place(verb, runs.RunFolder(checkpoint.resolve().parent.parent), checkpoint)
+
+
+def _place(verb: str, run: runs.RunFolder, checkpoint: Path) -> Place:
+    check_whole(checkpoint)
+    last = run.checkpoint("last")
+    is_last = last is not None and last.resolve() == checkpoint.resolve()
+    continues = bool(run.read()) and (verb != "fit" or is_last)
+    return Place(run if continues else None, checkpoint.resolve())
