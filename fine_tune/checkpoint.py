@@ -76,6 +76,11 @@ class FolderCheckpointIO(CheckpointIO):
             shutil.rmtree(doomed)
 
 
+def global_step(folder: Path) -> int:
+    """Return the optimizer steps a whole checkpoint has seen, whatever its folder is called."""
+    return int(json.loads((folder / MANIFEST).read_text())["global_step"])
+
+
 def check_whole(folder: Path) -> None:
     """Compare a checkpoint folder with its manifest.
 

@@ -27,7 +27,7 @@ from fine_tune.callbacks.progress import TrainingProgress  # noqa: E402
 from fine_tune.callbacks.run_record import RunRecord  # noqa: E402
 from fine_tune.checkpoint import FolderCheckpointIO  # noqa: E402
 from fine_tune.config_check import check_settings, innermost  # noqa: E402
-from fine_tune.errors import UserError  # noqa: E402
+from fine_tune.errors import UserError, nearest  # noqa: E402
 from fine_tune.loggers import MetricsCSV, default_loggers  # noqa: E402
 from fine_tune.places import claim, find_place, is_first_process  # noqa: E402
 
@@ -38,6 +38,7 @@ FORCED_CALLBACKS = {
     "generations": Generations,
 }
 HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
+MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
 NO_CHECK = ("-h", "--print_config", "--print_shtab")
 OURS_NOT_TRAINERS = {
     "max_epochs": (None, "epochs are the data's: set data.epochs"),
@@ -132,6 +133,12 @@ class FineTuneCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Keep the user's settings: a checkpoint never brings hyperparameters of its own."""
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
+
     @property
     def settings(self) -> Namespace:
         """The parsed settings of the chosen verb."""
@@ -148,6 +155,13 @@ class FineTuneCLI(LightningCLI):
             if self.settings.trainer.get(key) not in (default, None)
         ]
         trainer = self.settings.trainer
+        problems += _trainer_problems(trainer)
+        for key in ("early_stopping", "checkpoint"):
+            if self.settings[key].monitor not in MONITORED:
+                problems.append(
+                    f"{key}.monitor: '{self.settings[key].monitor}' is not measured"
+                    f"{nearest(self.settings[key].monitor, list(MONITORED)) or '; known: ' + ', '.join(MONITORED)}"
+                )
         if trainer.plugins:
             self.why_precision = "the plugins decide"
         elif trainer.precision is None:
@@ -189,7 +203,7 @@ class FineTuneCLI(LightningCLI):
             raise UserError(f"trainer: {innermost(str(error))}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        self._check_device()
+        self._check_trainer()
         self._check_before_weights()
         self.place = find_place(
             str(self.subcommand),
@@ -226,18 +240,23 @@ class FineTuneCLI(LightningCLI):
         progress = TrainingProgress(bar=self.settings.trainer.enable_progress_bar is not False)
         return super()._instantiate_trainer(config, [*callbacks, progress, RunRecord()])
 
-    def _check_device(self) -> None:
+    def _check_trainer(self) -> None:
+        """Try the trainer's settings, without the classes among them, before anything is written."""
         asked = {
-            key: self.settings.trainer[key]
-            for key in ("accelerator", "devices", "num_nodes", "precision")
+            key: value
+            for key, value in vars(self.settings.trainer).items()
+            if key not in ("callbacks", "logger", "plugins", "profiler", "default_root_dir")
+            and not isinstance(value, Namespace)
         }
+        asked |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        asked |= {"max_epochs": 1, "val_check_interval": None, "enable_checkpointing": False}
         try:
-            Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
-            here = f"CPU, {torch.cuda.device_count()} CUDA device(s)"
+            Trainer(**asked)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
             told = " ".join(str(error).split())
             raise UserError(
-                f"trainer: {asked} cannot be had here: {told}; this machine has {here}"
+                f"trainer: these settings cannot be had here: {told}; "
+                f"this machine has a CPU and {torch.cuda.device_count()} CUDA device(s)"
             ) from error
 
     def _check_before_weights(self) -> None:
@@ -271,9 +290,13 @@ class FineTuneCLI(LightningCLI):
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
         """Train, validate the best weights, and test them if asked to."""
         start = time.monotonic()
+        record = self.run_folder.read()
+        if record.get("status") == "finished" and record.get("num_steps", 0) >= self.plan.num_steps:
+            log.info("this run is finished; extend it with --data.epochs or --trainer.max_steps")
+            return
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=_text(self.place.checkpoint))
         seconds = time.monotonic() - start
-        best = self.run_folder.checkpoint("best")
+        best = self.trainer.strategy.broadcast(self.run_folder.checkpoint("best"))
         if best is not None and "validation" in self.plan.num_rows:
             self.trainer.validate(
                 model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
@@ -305,6 +328,27 @@ class FineTuneCLI(LightningCLI):
         if self.trainer.is_global_zero:
             for line in summary.evaluation(self.run_folder):
                 log.info(line)
+
+
+def _trainer_problems(trainer: Namespace) -> list[str]:
+    problems = []
+    if trainer.log_every_n_steps is not None and trainer.log_every_n_steps < 1:
+        problems.append(
+            f"trainer.log_every_n_steps: must be at least 1, got {trainer.log_every_n_steps}"
+        )
+    if trainer.max_steps == 0 or trainer.max_steps < -1:
+        problems.append(
+            f"trainer.max_steps: must be at least 1, or -1 for no limit; got {trainer.max_steps}"
+        )
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        problems.append(
+            f"trainer.gradient_clip_val: must not be negative, got {trainer.gradient_clip_val}"
+        )
+    if not isinstance(trainer.val_check_interval, int | float | None):
+        problems.append(
+            "trainer.val_check_interval: give optimizer steps, or a share of a data epoch"
+        )
+    return problems
 
 
 def choose_precision(accelerator: str) -> tuple[str, str]:

@@ -39,14 +39,12 @@ class MetricsCSV(Logger):
         self._rows: list[dict[str, str]] = []
         self._columns: list[str] = list(LEADING_COLUMNS)
         self._written_until = 0  # bytes of complete earlier rows
-        if self.file.is_file():
+        if self.file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
+            rows = self._read()
             with open(self.file, newline="") as handle:
-                reader = csv.DictReader(handle)
-                rows = [
-                    row for row in reader if keep_until is None or int(row["step"]) <= keep_until
-                ]
-                self._columns = list(reader.fieldnames or self._columns)
-            self._rewrite(rows)
+                self._columns = next(csv.reader(handle), self._columns)
+            if keep_until is not None:
+                self._rewrite([row for row in rows if int(row["step"]) <= keep_until])
         self._last: dict[str, str] = {}
 
     @property

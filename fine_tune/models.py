@@ -216,7 +216,7 @@ def load_model(
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(
             f"model.model_name_or_path: weights of '{name}': {_first_line(error)}"
         ) from error
@@ -226,6 +226,14 @@ def load_model(
         raise UserError(
             f"model.model_name_or_path: '{name}' lacks {len(missing)} of the weights its config asks for "
             f"(first: {missing[0]}); they would have been random"
+        )
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        log.info(
+            "WARNING: %d weights of '%s' are not used by its config (first: %s)",
+            len(unused),
+            name,
+            unused[0],
         )
     _train_4bit_on_cpu(model)
     return cast(PreTrainedModel, model)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fine_tune import run_folder as runs
-from fine_tune.checkpoint import check_whole
+from fine_tune.checkpoint import check_whole, global_step
 from fine_tune.errors import UserError
 
 RUN_VARIABLE = (
@@ -23,9 +23,7 @@ class Place:
     @property
     def step(self) -> int:
         """Optimizer steps the checkpoint has seen."""
-        return (
-            int(self.checkpoint.name.rpartition("step=")[2]) if self.checkpoint is not None else 0
-        )
+        return global_step(self.checkpoint) if self.checkpoint is not None else 0
 
 
 def find_place(
@@ -47,7 +45,10 @@ def find_place(
         UserError: No such checkpoint, a damaged one, or several runs it could be.
     """
     if ckpt_path is None:
-        return Place(None, None)
+        own = runs.run_of_config(configs)
+        if verb == "fit" or own is None or own.checkpoint("best") is None:
+            return Place(None, None)
+        ckpt_path = "best"  # the config of a run means the run
     if ckpt_path not in ("best", "last"):
         return _place_of_path(verb, Path(ckpt_path))
     own = runs.run_of_config(configs)
@@ -65,8 +66,12 @@ def find_place(
 
 def claim(place: Place, name: str, root: Path) -> runs.RunFolder:
     """Take the run folder to write to; the processes started after the first one take the same."""
-    if not is_first_process() and RUN_VARIABLE in os.environ:
-        return runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
+    if (
+        not is_first_process()
+    ):  # it writes nothing; which folder the first one took is told after fit
+        return place.run or runs.RunFolder(
+            Path(os.environ.get(RUN_VARIABLE, root / runs.LOGS / name))
+        )
     run = place.run or runs.new_version(root, name)
     os.environ[RUN_VARIABLE] = str(run.path)
     return run

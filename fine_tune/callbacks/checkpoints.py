@@ -80,7 +80,8 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier("checkpoint")
 
     def _record(self, trainer: Trainer, run: RunFolder, saved: dict[str, Any]) -> None:
-        earlier = [c for c in run.read().get("checkpoints", []) if c["step"] < saved["step"]]
+        run_before = run.read()
+        earlier = [c for c in run_before.get("checkpoints", []) if c["step"] < saved["step"]]
         checkpoints = [*earlier, saved]
         ranked = sorted((c for c in checkpoints if _is_score(c["score"])), key=self._rank)
         kept = {c["name"] for c in ranked[: self.keep]} | {saved["name"]}
@@ -95,9 +96,9 @@ class Checkpoints(Checkpoint):
                 "last": saved["name"],
             }
         )
-        for folder in run.checkpoints.iterdir():
-            if folder.is_dir() and folder.name not in kept:
-                trainer.strategy.remove_checkpoint(str(folder))
+        for checkpoint in run_before.get("checkpoints", []):
+            if checkpoint["name"] not in kept:
+                trainer.strategy.remove_checkpoint(str(run.checkpoints / checkpoint["name"]))
 
     def _rank(self, checkpoint: dict[str, Any]) -> tuple[float, int]:
         score = float(checkpoint["score"])

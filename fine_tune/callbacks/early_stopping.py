@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 
 from fine_tune.errors import UserError
@@ -33,6 +33,12 @@ class EarlyStopping(LightningEarlyStopping):
             monitor, min_delta=min_delta, patience=patience or 1, mode=mode, check_finite=False
         )
         self.enabled = patience is not None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled and self.wait_count >= self.patience:
+            trainer.should_stop = (
+                True  # the run had already stopped when it was killed, or taken up again
+            )
 
     def _should_skip_check(self, trainer: Trainer) -> bool:
         return not self.enabled or super()._should_skip_check(trainer)

@@ -72,54 +72,56 @@ class Generations(Callback):
         rows = [
             dict(row) for row in data.rows(split).select(range(min(limit, len(data.rows(split)))))
         ]
-        known = {(a["stage"], a["prompt"]): a for a in read_generations(file)}
-        questions = []
+        known = {_key(answer): answer for answer in read_generations(file)}
+        special = set(data.tokenizer.all_special_ids)
+        questions, stop_ids = [], {int(data.tokenizer.eos_token_id)}
         for row in rows:
-            prompt, expected, stop = prompt_and_answer(row["input_ids"], row["labels"])
+            prompt_ids, expected_ids = prompt_and_answer(row["input_ids"], row["labels"])
+            if expected_ids[-1] in special:
+                stop_ids.add(expected_ids.pop())
             questions.append(
                 {
-                    "prompt_ids": prompt,
-                    "expected_ids": expected,
-                    "stop": stop,
+                    "stage": stage,
                     "row_id": row["row_id"],
+                    "prompt": data.tokenizer.decode(prompt_ids, skip_special_tokens=True),
+                    "expected": data.tokenizer.decode(
+                        expected_ids, skip_special_tokens=True
+                    ).strip(),
+                    "max_new_tokens": self.max_new_tokens,
+                    "prompt_ids": prompt_ids,
                 }
             )
-        for question in questions:
-            question["prompt"] = data.tokenizer.decode(
-                question["prompt_ids"], skip_special_tokens=True
-            )
         asked = sorted(
-            (q for q in questions if (stage, q["prompt"]) not in known),
-            key=lambda q: len(q["prompt_ids"]),
-        )
-        stop_ids = sorted(
-            {data.tokenizer.eos_token_id, *(q["stop"] for q in questions if q["stop"] is not None)}
+            (q for q in questions if _key(q) not in known), key=lambda q: len(q["prompt_ids"])
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(asked), BATCH_ROWS):
             batch = asked[start : start + BATCH_ROWS]
-            written = cast(Any, pl_module).generate(
-                [q["prompt_ids"] for q in batch], self.max_new_tokens, stop_ids
-            )
+            prompts = [q["prompt_ids"] for q in batch]
+            written = cast(Any, pl_module).generate(prompts, self.max_new_tokens, sorted(stop_ids))
             with open(file, "a", encoding="utf-8") as handle:
                 for question, ids in zip(batch, written, strict=True):
-                    answer = _answer_record(stage, question, data.tokenizer, ids)
-                    known[stage, question["prompt"]] = answer
+                    answer = {k: v for k, v in question.items() if k != "prompt_ids"}
+                    answer["answer"] = data.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                    answer["exact_match"] = answer["answer"] == answer["expected"]
+                    known[_key(answer)] = answer
                     handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
-        return [known[stage, question["prompt"]] for question in questions]
+        return [known[_key(question)] for question in questions]
 
 
-def prompt_and_answer(
-    input_ids: list[int], labels: list[int]
-) -> tuple[list[int], list[int], int | None]:
-    """Cut a row at its last supervised stretch: what is asked, what is expected, and the token that ends it."""
+def _key(answer: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(answer.get(k) for k in ("stage", "row_id", "prompt", "expected", "max_new_tokens"))
+
+
+def prompt_and_answer(input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    """Cut a row at its last supervised stretch: what is asked, and what is expected, its stop token included."""
     end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
     start = end
     while start > 0 and labels[start - 1] != IGNORE_INDEX:
         start -= 1
     if start == 0:  # plain text: continue its first half
         start = max(1, end // 2)
-    return input_ids[:start], input_ids[start : end - 1], input_ids[end - 1]
+    return list(input_ids[:start]), list(input_ids[start:end])
 
 
 def read_generations(file: Path) -> list[dict[str, Any]]:
@@ -136,10 +138,10 @@ def read_generations(file: Path) -> list[dict[str, Any]]:
 
 def before_after_table(answers: list[dict[str, Any]], after: str) -> list[str]:
     """Lay out the answers before training and at stage ``after`` side by side, as text lines."""
-    before = {a["prompt"]: a for a in answers if a["stage"] == "before"}
+    before = {(a["row_id"], a["prompt"]): a for a in answers if a["stage"] == "before"}
     rows: list[tuple[str, ...]] = [("asked", "expected", "before", "after")]
     for answer in sorted((a for a in answers if a["stage"] == after), key=lambda a: a["row_id"]):
-        earlier = before.get(answer["prompt"], {}).get("answer", "")
+        earlier = before.get((answer["row_id"], answer["prompt"]), {}).get("answer", "")
         texts = [_line(answer["expected"]), _line(earlier), _line(answer["answer"])]
         rows.append((_end(_line(answer["prompt"])), *(_beginning(text) for text in texts)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -147,21 +149,6 @@ def before_after_table(answers: list[dict[str, Any]], after: str) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-
-
-def _answer_record(
-    stage: str, question: dict[str, Any], tokenizer: Any, ids: list[int]
-) -> dict[str, Any]:
-    answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    expected = tokenizer.decode(question["expected_ids"], skip_special_tokens=True).strip()
-    return {
-        "stage": stage,
-        "row_id": question["row_id"],
-        "prompt": question["prompt"],
-        "expected": expected,
-        "answer": answer,
-        "exact_match": answer == expected,
-    }
 
 
 def _stage(trainer: Trainer, name: str) -> str:

@@ -89,8 +89,10 @@ class SFTData(LightningDataModule):
                 "eval_batch_size": eval_batch_size,
             }
         )
-        if num_workers < 0 or seed < 0:
-            raise UserError(f"data: num_workers {num_workers} and seed {seed} must not be negative")
+        if num_workers < 0 or not 0 <= seed < 2**63:
+            raise UserError(
+                f"data: num_workers {num_workers} and seed {seed} must not be negative, nor the seed above 2^63"
+            )
         if isinstance(split, dict):
             check_split(split)
         limits = (

@@ -69,12 +69,14 @@ class Encoder:
         )
         guarded = [_OPEN, *reversed(self.special_texts)]
         self._guarded = re.compile("|".join(re.escape(text) for text in guarded))
-        lead = list(tokenizer("")["input_ids"])
-        self._prefix_ids = lead[:-1] if lead and lead[-1] == tokenizer.eos_token_id else lead
-        one_by_one = self._ids(["a", " b"], split_special_tokens=False)
-        self._adds_space = (
-            one_by_one[0] + one_by_one[1] != self._ids(["a b"], split_special_tokens=False)[0]
+        whole, plain = (
+            list(tokenizer("a")["input_ids"]),
+            self._ids(["a"], split_special_tokens=False)[0],
         )
+        starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        self._prefix_ids = whole[: next(starts, 0)]  # BOS, where the tokenizer puts one
+        # SentencePiece and its like put a space before every text they are given:
+        self._adds_space = str(tokenizer.convert_ids_to_tokens(plain[0])).startswith("\u2581")
 
     def guard(self, value: Any) -> Any:
         """Mark special-token text in a row's own data, so that it stays text."""
@@ -127,7 +129,10 @@ class Encoder:
             labels = [
                 token if s else IGNORE_INDEX for token, s in zip(ids, supervised, strict=True)
             ]
-            encoded.append(truncate(ids, labels, self.max_length, self.truncation))
+            num_kept = (
+                len(self._prefix_ids) if ids[: len(self._prefix_ids)] == self._prefix_ids else 0
+            )
+            encoded.append(truncate(ids, labels, self.max_length, self.truncation, num_kept))
         return encoded
 
     def _tokenize(self, texts: list[str]) -> Iterator[list[int]]:
@@ -213,10 +218,9 @@ class Encoder:
             return str(self.tokenizer.apply_chat_template(turns, **options))
 
         text, spans = render(messages, False), []
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or (
-                self.assistant_turns == "last" and i < len(messages) - 1
-            ):
+            if message["role"] != "assistant" or (self.assistant_turns == "last" and i < last):
                 continue
             before = render(messages[:i], True)
             after = text if i == len(messages) - 1 else render(messages[: i + 1], False)
@@ -249,13 +253,13 @@ class Encoder:
 
 
 def truncate(
-    ids: list[int], labels: list[int], max_length: int, policy: Truncation
+    ids: list[int], labels: list[int], max_length: int, policy: Truncation, num_kept: int = 0
 ) -> EncodedRow | None:
     """Cut a row to ``max_length`` tokens.
 
-    ``drop`` leaves long rows out. ``prompt_left`` takes tokens off the front, as long as they carry no loss (a row
-    whose supervised tokens alone do not fit is left out). ``completion_right`` takes tokens off the end, the stop
-    token included.
+    ``drop`` leaves long rows out. ``prompt_left`` takes tokens off the front, behind the first ``num_kept`` (BOS), as
+    long as they carry no loss; a row whose supervised tokens alone do not fit is left out, and plain text, which has no
+    prompt, loses its end. ``completion_right`` takes tokens off the end, the stop token included.
 
     Returns:
         The row and what was cut, or None where the policy leaves it out.
@@ -263,10 +267,13 @@ def truncate(
     excess = len(ids) - max_length
     if excess <= 0:
         return EncodedRow(ids, labels)
-    if policy == "completion_right":
+    if policy == "drop":
+        return None
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    if policy == "completion_right" or first <= num_kept:
         lost = sum(label != IGNORE_INDEX for label in labels[max_length:])
         return EncodedRow(ids[:max_length], labels[:max_length], excess, lost)
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    if policy == "drop" or first <= excess:
+    if first - num_kept <= excess:
         return None
-    return EncodedRow(ids[excess:], labels[excess:], excess, 0)
+    kept = [*range(num_kept), *range(num_kept + excess, len(ids))]
+    return EncodedRow([ids[i] for i in kept], [labels[i] for i in kept], excess, 0)

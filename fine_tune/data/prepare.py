@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -18,17 +19,10 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune.data.encode import AssistantTurns, Encoder, Truncation
-from fine_tune.data.formats import (
-    FORMATS,
-    Example,
-    FormatName,
-    RowError,
-    Templates,
-    check_templates,
-    detect_format,
-)
-from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source
-from fine_tune.data.split import DEFAULT_RATIOS, SPLITS, assign_splits, group_hash
+from fine_tune.data.formats import FORMATS, RowError
+from fine_tune.data.parts import MAX_ROW_ERRORS, Part, format_of, shared_prompts, split_sources
+from fine_tune.data.sources import Source, fingerprint, locate_row, read_source, rows_of
+from fine_tune.data.split import SPLITS
 from fine_tune.errors import UserError
 from fine_tune.losses import num_supervised_targets
 
@@ -36,7 +30,6 @@ log = logging.getLogger("fine_tune")
 ENCODING_VERSION = (
     1  # part of the cache key: raise it when the same input gives other tokens or other splits
 )
-MAX_ROW_ERRORS = 10
 _INT_LIST = datasets.List(Value("int32"))
 FEATURES = Features(
     {
@@ -88,7 +81,12 @@ def prepare(
     datasets.disable_progress_bars()
     key = _cache_key(sources, tokenizer, options)
     folder = cache_dir / "tokens" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: '{folder.parent}' cannot be made: {error.strerror}"
+        ) from error
     with FileLock(f"{folder}.lock"):
         cached = folder.is_dir()
         if not cached:
@@ -113,16 +111,26 @@ def _prepare(
         truncation=options.truncation,
         assistant_turns=options.assistant_turns,
     )
-    parts: dict[str, list[Dataset]] = {}
-    first_id = 0
-    for source in sources:
-        found = read_source(source, cache_dir / "datasets")
-        for part in _split_source(source, found, options):
-            parts.setdefault(part.split, []).append(_encode_part(part, source, encoder, first_id))
-        first_id += sum(len(rows) for rows in found.values())
-    _refuse_empty({split: sum(map(len, parts[split])) for split in SPLITS if split in parts})
-    encoded = {split: concatenate_datasets(parts[split]) for split in SPLITS if split in parts}
-    notes = [note for split, rows in encoded.items() for note in _notes(split, rows, options)]
+    with TemporaryDirectory(dir=cache_dir, prefix=".reading-") as scratch:  # no cache but ours
+        found = [(source, read_source(source, Path(scratch))) for source in sources]
+        parts = split_sources(found, options.split, options.max_rows)
+        if not any(part.split == "train" for part in parts):
+            raise UserError(f"data.path: no train split, only {', '.join(p.split for p in parts)}")
+        names = [split for split in SPLITS if any(part.split == split for part in parts)]
+        _refuse_empty({s: sum(len(part.rows) for part in parts if part.split == s) for s in names})
+        encoded = {
+            split: concatenate_datasets(
+                [_encode_part(p, encoder) for p in parts if p.split == split]
+            )
+            for split in names
+        }
+        _finish(encoded, shared_prompts(parts), options, folder)
+
+
+def _finish(encoded: dict[str, Dataset], notes: list[str], options: Options, folder: Path) -> None:
+    notes = notes + [
+        note for split, rows in encoded.items() for note in _notes(split, rows, options)
+    ]
     encoded = {
         split: rows.select(np.flatnonzero(rows.with_format("numpy")["num_supervised"][:]))
         for split, rows in encoded.items()
@@ -146,83 +154,9 @@ def _refuse_empty(num_rows: dict[str, int]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one source that go to one split, with where they stood: ``positions`` in the split ``found_in``."""
-
-    split: str
-    found_in: str
-    rows: Dataset
-    positions: np.ndarray
-    first_id: int  # of the split they were found in, within the source
-
-
-def _split_source(source: Source, found: dict[str, Dataset], options: Options) -> list[_Part]:
-    existing = ALL not in found
-    if options.split == "existing" and not {"train", "validation"} <= set(found):
-        raise UserError(
-            f"data.split: existing, but {source.label} has {', '.join(found) if existing else 'no splits'}; give "
-            "path: {train: ..., validation: ..., test: ...} or a folder with train.* and validation.*"
-        )
-    if existing and isinstance(options.split, dict):
-        raise UserError(
-            f"data.split: {options.split}, but {source.label} has splits of its own ({', '.join(found)}); "
-            "use them (existing), or train on all of them (none)"
-        )
-    starts = np.cumsum([0, *(len(rows) for rows in found.values())])
-    parts = []
-    for (name, rows), start in zip(found.items(), starts, strict=False):
-        places = {name: np.arange(len(rows))}
-        if options.split == "none":
-            places = {"train": np.arange(len(rows))}
-        elif not existing:
-            split = options.split if isinstance(options.split, dict) else DEFAULT_RATIOS
-            sides = assign_splits(_group_hashes(rows, source), split)
-            wanted = {"train", *(name for name, size in split.items() if size > 0)}
-            places = {s: np.flatnonzero(sides == i) for i, s in enumerate(SPLITS) if s in wanted}
-        for split_name, positions in places.items():
-            kept = positions[: options.max_rows.get(split_name, len(positions))]
-            parts.append(_Part(split_name, name, rows.select(kept), kept, int(start)))
-    return parts
-
-
-def _group_hashes(rows: Dataset, source: Source) -> np.ndarray:
-    to_example = FORMATS[_format_of(rows, source)]
-    hashes = np.empty(len(rows), dtype=np.uint64)
-    errors: list[str] = []
-    for start in range(0, len(rows), 1000):
-        batch = rows[start : start + 1000]
-        for i in range(min(1000, len(rows) - start)):
-            row = {name: values[i] for name, values in batch.items()}
-            try:
-                hashes[start + i] = group_hash(_prompt_text(to_example(row, source.templates)))
-            except RowError as error:
-                errors.append(f"{locate_row(source, ALL, start + i)}: {error}")
-                if len(errors) == MAX_ROW_ERRORS:
-                    raise UserError(*errors) from error
-    if errors:
-        raise UserError(*errors)
-    return hashes
-
-
-def _prompt_text(example: Example) -> str:
-    if "messages" in example:
-        turns = example["messages"]
-        first_answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        return json.dumps(turns[:first_answer], ensure_ascii=False, sort_keys=True)
-    return example["text"] if "text" in example else example["prompt"]
-
-
-def _format_of(rows: Dataset, source: Source) -> FormatName:
-    where = source.label
-    check_templates(source.templates, rows.column_names, where)
-    return detect_format(
-        rows.column_names, Templates(source.format, source.prompt, source.completion), where
-    )
-
-
-def _encode_part(part: _Part, source: Source, encoder: Encoder, first_id: int) -> Dataset:
-    format_name = _format_of(part.rows, source)
+def _encode_part(part: Part, encoder: Encoder) -> Dataset:
+    source = part.source
+    format_name = format_of(part.rows, source)
     chat = format_name in ("messages", "sharegpt")
     errors: list[str] = []
 
@@ -231,8 +165,7 @@ def _encode_part(part: _Part, source: Source, encoder: Encoder, first_id: int) -
 
     def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         segments, kept = [], []
-        for i, index in enumerate(indices):
-            row = {name: batch[name][i] for name in batch}
+        for index, row in zip(indices, rows_of(batch), strict=True):
             try:
                 segments.append(
                     encoder.segments(FORMATS[format_name](encoder.guard(row), source.templates))
@@ -256,7 +189,7 @@ def _encode_part(part: _Part, source: Source, encoder: Encoder, first_id: int) -
                 )
             columns["input_ids"].append(encoded.input_ids if encoded else [])
             columns["labels"].append(encoded.labels if encoded else [])
-            columns["row_id"].append(first_id + part.first_id + int(part.positions[index]))
+            columns["row_id"].append(part.first_id + int(part.positions[index]))
             columns["weight"].append(source.weight)
             columns["num_supervised"].append(num_supervised)
             columns["num_cut"].append(encoded.num_cut if encoded else 0)

@@ -1,20 +1,23 @@
 """Where raw rows come from: local files, a saved ``datasets`` folder, or the hub; read into ``datasets.Dataset``."""
 
-import codecs
 import csv
+import glob
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from fine_tune.data.formats import FormatName, Templates
 from fine_tune.errors import UserError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+JSON_ROW = "json_row"  # the one column of sources that were text files
 SPLIT_NAMES = {
     "train": "train",
     "validation": "validation",
@@ -33,7 +36,7 @@ class Source:
         path: A file (.jsonl, .json, .csv, .parquet, .txt), a folder of them, a folder written by
             ``save_to_disk``, a hub name, or one of these per split: ``{train: a.jsonl, validation: b.jsonl}``.
         format: How to read a row; None detects it from the templates and fields.
-        weight: How often each row is seen per epoch (0.5: half of the rows, another half each epoch).
+        weight: How often each row is seen per epoch (0.5: half of the rows, drawn anew each epoch).
         prompt: Template of the prompt over the row's fields, like ``"Question: {question}"``.
         completion: Template of the completion, like ``" {answer}"``.
         revision: Revision of a hub data set.
@@ -68,6 +71,9 @@ def fingerprint(source: Source) -> str:
             if Path(path).is_file()
             else sorted(p for p in Path(path).rglob("*") if p.is_file())
         ):
+            digest.update(
+                str(file.relative_to(path)).encode() if file != Path(path) else file.suffix.encode()
+            )
             with open(file, "rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
@@ -130,6 +136,10 @@ def _paths(source: Source) -> list[tuple[str, str]]:
 
 def _read(path: str, revision: str | None, cache_dir: Path) -> dict[str, Dataset]:
     local = Path(path)
+    if not path.strip():
+        raise UserError(
+            "data.path: is empty; give a file, a folder or a hub name like 'owner/name'"
+        )
     if not local.exists():
         return _read_hub(path, revision, cache_dir)
     if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
@@ -142,38 +152,83 @@ def _read(path: str, revision: str | None, cache_dir: Path) -> dict[str, Dataset
 
 
 def _read_files(files: list[Path], cache_dir: Path) -> Dataset:
-    kinds = {BUILDERS.get(file.suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
-        raise UserError(
-            f"data.path: {', '.join(str(f) for f in files[:3])}: give files of one kind; known: {', '.join(BUILDERS)}"
-        )
+    kinds = {file.suffix for file in files}
+    if len(kinds) != 1 or not kinds <= set(KINDS):
+        shown = ", ".join(str(file) for file in files[:3])
+        raise UserError(f"data.path: {shown}: give files of one kind; known: {', '.join(KINDS)}")
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file}: the file is empty")
-        if file.suffix != ".parquet" and not _is_utf8(file):
-            raise UserError(*(_broken_lines(file) or [f"{file}: not UTF-8; convert it"])[:10])
-    kind = str(kinds.pop())
-    try:
-        rows = load_dataset(
-            kind, data_files=[str(f) for f in files], cache_dir=str(cache_dir), split="train"
-        )
-    except Exception as error:
-        problems = [problem for file in files for problem in _broken_lines(file)][:10]
-        if not problems:
-            cause = error.__cause__ or error
-            problems = [
-                f"{', '.join(str(f) for f in files[:3])}: cannot be read: {str(cause).splitlines()[0]}"
-            ]
-        raise UserError(*problems) from error
-    if kind == "text":
-        return rows.filter(
-            lambda texts: [bool(t.strip()) for t in texts], input_columns="text", batched=True
-        )
-    return rows
+    if kinds == {".parquet"}:
+        try:
+            paths = [glob.escape(str(file)) for file in files]
+            return load_dataset(
+                "parquet", data_files=paths, cache_dir=str(cache_dir), split="train"
+            )
+        except Exception as error:
+            told = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"{files[0]}: cannot be read: {told}") from error
+    problems = [problem for file in files for problem in _broken_lines(file)][:10]
+    if problems:
+        raise UserError(*problems)
+    texts = [str(file) for file in files]
+    return Dataset.from_generator(_json_rows, gen_kwargs={"files": texts}, cache_dir=str(cache_dir))
+
+
+def _json_rows(files: list[str]) -> Iterator[dict[str, str]]:
+    """Give every row as a line of JSON: no library gets to guess types, so 007 stays 007 and a date stays text."""
+    for name in files:
+        file = Path(name)
+        if file.suffix == ".jsonl":
+            yield from ({JSON_ROW: line.decode().strip()} for _, line in _lines(file))
+        elif file.suffix == ".txt":
+            yield from (
+                {JSON_ROW: json.dumps({"text": line.decode().rstrip("\r\n")})}
+                for _, line in _lines(file)
+            )
+        elif file.suffix == ".csv":
+            with open(file, encoding="utf-8-sig", newline="") as handle:
+                yield from (
+                    {JSON_ROW: json.dumps(row)} for row in csv.DictReader(handle, strict=True)
+                )
+        else:
+            yield from (
+                {JSON_ROW: json.dumps(row)} for row in json.loads(file.read_text("utf-8-sig"))
+            )
+
+
+class ExactFloat(float):
+    """A number that is written as it stood in the data: 1.50 stays 1.50."""
+
+    def __new__(cls, text: str) -> "ExactFloat":
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Turn a batch of a source's table into rows."""
+    if JSON_ROW in batch:
+        return [json.loads(line, parse_float=ExactFloat) for line in batch[JSON_ROW]]
+    names = list(batch)
+    return [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def fields_of(rows: Dataset) -> list[str]:
+    """Name the fields of a source's rows, told by its table or its first rows."""
+    if JSON_ROW not in rows.column_names:
+        return list(rows.column_names)
+    first = rows_of(rows[: min(100, len(rows))])
+    return list(dict.fromkeys(name for row in first for name in row))
 
 
 def _read_hub(name: str, revision: str | None, cache_dir: Path) -> dict[str, Dataset]:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in BUILDERS:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in KINDS:
         raise UserError(
             f"data.path: '{name}' does not exist; give a file, a folder or a hub name like 'owner/name'"
         )
@@ -208,10 +263,10 @@ def _named(splits: DatasetDict) -> dict[str, Dataset]:
 def _files_of(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         return {ALL: [path]}
-    files = sorted(p for p in path.rglob("*") if p.suffix in BUILDERS) if path.is_dir() else []
+    files = sorted(p for p in path.rglob("*") if p.suffix in KINDS) if path.is_dir() else []
     if not files:
         raise UserError(
-            f"data.path: folder '{path}' holds no data; known kinds: {', '.join(BUILDERS)}"
+            f"data.path: folder '{path}' holds no data; known kinds: {', '.join(KINDS)}"
         )
     splits: dict[str, list[Path]] = {}
     for file in files:
@@ -226,37 +281,46 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(handle, start=1) if line.strip())
 
 
-def _is_utf8(file: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with open(file, "rb") as handle:
-            while chunk := handle.read(2**20):
-                decoder.decode(chunk)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _broken_lines(file: Path) -> list[str]:
-    problems = []
-    for number, line in _lines(file):
-        try:
-            text = line.decode("utf-8")
-            if file.suffix == ".jsonl" and not isinstance(json.loads(text), dict):
-                problems.append(f"{file}:{number}: not a JSON object: {text.strip()[:60]}")
-        except UnicodeDecodeError as error:
-            problems.append(
-                f"{file}:{number}: not UTF-8 (byte {error.object[error.start]:#x} at {error.start}); convert it"
-            )
-        except json.JSONDecodeError as error:
-            problems.append(
-                f"{file}:{number}: broken JSON: {error.msg} at column {error.colno}: {text.strip()[:60]}"
-            )
-    if not problems and file.suffix == ".csv":
-        try:
-            with open(file, encoding="utf-8", newline="") as handle:
-                list(csv.reader(handle, strict=True))
-        except csv.Error as error:
-            problems.append(f"{file}: broken CSV: {error}")
-    return problems
+    if file.suffix in (".jsonl", ".txt"):
+        return [
+            problem
+            for number, line in _lines(file)
+            if (problem := _broken_line(file, number, line))
+        ]
+    try:
+        text = file.read_text("utf-8-sig")
+        rows = json.loads(text) if file.suffix == ".json" else _csv_rows(text)
+    except UnicodeDecodeError as error:
+        return [
+            f"{file}: not UTF-8 (byte {error.object[error.start]:#x} at {error.start}); convert it"
+        ]
+    except json.JSONDecodeError as error:
+        return [f"{file}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}"]
+    except csv.Error as error:
+        return [f"{file}: broken CSV: {error}"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        return [f"{file}: a list of JSON objects is wanted"]
+    return [
+        f"{file}: row {number}: other fields than the header's {list(rows[0])}"
+        for number, row in enumerate(rows, start=1)
+        if file.suffix == ".csv" and (None in row or None in row.values())
+    ]
+
+
+def _broken_line(file: Path, number: int, line: bytes) -> str | None:
+    try:
+        text = line.decode("utf-8")
+        if file.suffix == ".jsonl" and not isinstance(json.loads(text), dict):
+            return f"{file}:{number}: not a JSON object: {text.strip()[:60]}"
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#x} at {error.start}"
+        return f"{file}:{number}: not UTF-8 ({where}); convert it"
+    except json.JSONDecodeError as error:
+        shown = line.decode("utf-8", "replace").strip()[:60]
+        return f"{file}:{number}: broken JSON: {error.msg} at column {error.colno}: {shown}"
+    return None
+
+
+def _csv_rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))

@@ -30,14 +30,14 @@ def check_split(split: dict[str, float]) -> None:
     unknown = [name for name in split if name not in SPLITS]
     if unknown:
         raise UserError(f"data.split: unknown split {unknown}; allowed: {', '.join(SPLITS)}")
-    if any(size < 0 for size in split.values()):
+    if any(not size >= 0 for size in split.values()):
         raise UserError(f"data.split: {split} holds a negative size")
     if _is_counts(split):
         if "train" in split:
             raise UserError(
                 "data.split: with row counts, give validation and test; all other rows train"
             )
-    elif abs(sum(split.values()) - 1) > 1e-6 or split.get("train", 0) <= 0:
+    elif not abs(sum(split.values()) - 1) <= 1e-6 or split.get("train", 0) <= 0:
         raise UserError(
             f"data.split: ratios {split} must add up to 1 with train above 0; for row counts give whole numbers, "
             "like {validation: 500, test: 500}"

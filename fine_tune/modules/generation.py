@@ -26,6 +26,13 @@ def generate(
         Token ids of each answer, without the stop token.
     """
     longest = max(len(prompt) for prompt in prompts)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        max_new_tokens = min(max_new_tokens, positions - longest)
+    if max_new_tokens < 1:
+        return [
+            [] for _ in prompts
+        ]  # the prompt fills the model's positions: there is no room to answer
     input_ids = torch.tensor(
         [[pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device
     )

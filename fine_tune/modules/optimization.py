@@ -57,7 +57,7 @@ def schedule(
 def optimizer_problems(optimizer: OptimizerCallable) -> list[str]:
     """Try an optimizer on one parameter, and say what is wrong with its settings."""
     try:
-        trial = optimizer([torch.nn.Parameter(torch.zeros(1))])
+        trial = optimizer(parameter_groups(torch.nn.Linear(2, 2).parameters()))
     except (ValueError, TypeError) as error:
         return [f"model.optimizer: {error}"]
     rate = trial.param_groups[0].get("lr")

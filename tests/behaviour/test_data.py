@@ -8,6 +8,7 @@ from harness import TOKENIZER, write_rows
 from transformers import AutoTokenizer
 
 from fine_tune.data import SFTData
+from fine_tune.data.sources import Source
 from fine_tune.errors import UserError
 
 
@@ -110,3 +111,49 @@ def test_rows_with_a_split_of_their_own_are_not_split_again(
     )
     with pytest.raises(UserError, match="has splits of its own"):
         module.prepare_data()
+
+
+def test_changed_data_with_the_same_time_stamp_is_read_anew(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    import os
+
+    data(rows_file, tmp_path).prepare_data()
+    stat = rows_file.stat()
+    rows_file.write_text(rows_file.read_text().replace("Berapa", "Hitung"))
+    os.utime(rows_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    module = data(rows_file, tmp_path)
+    assert module.tokenizer.decode(module.rows("train")[0]["input_ids"]).startswith("Hitung")
+
+
+def test_sources_are_split_together(tmp_path: Path) -> None:
+    rows = [{"question": f"soal {i}", "answer": str(i)} for i in range(60)]
+    files = [write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[::-1])]
+    module = SFTData(
+        sources=[Source(str(file), prompt="{question}", completion="{answer}") for file in files],
+        split={"validation": 20, "test": 10},
+        tokenizer=str(TOKENIZER),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert module.make_plan().num_rows == {"train": 90, "validation": 20, "test": 10}
+    prompts = {
+        split: {str(row["input_ids"]) for row in module.rows(split)}
+        for split in ("train", "validation", "test")
+    }
+    assert not prompts["train"] & prompts["validation"]
+    assert not prompts["train"] & prompts["test"]
+    assert not prompts["validation"] & prompts["test"]
+
+
+def test_prompts_shared_by_the_datas_own_splits_are_told(rows_file: Path, tmp_path: Path) -> None:
+    paths = {"train": str(rows_file), "validation": str(rows_file)}
+    module = SFTData(
+        path=paths,
+        prompt="{question}",
+        completion="{answer}",
+        tokenizer=str(TOKENIZER),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert (
+        "WARNING: 40 prompts stand both in train and in validation" in module.make_plan().notes[0]
+    )

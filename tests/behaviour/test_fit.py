@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import CommandLine, write_rows
+from harness import TOKENIZER, CommandLine, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -200,7 +200,8 @@ def test_answers_before_and_after_are_kept_and_not_asked_twice(
     answers = [json.loads(line) for line in file.read_text().splitlines()]
     best = outcome.run().read()["best"]
     assert [a["stage"] for a in answers] == ["before", "before", f"after {best}", f"after {best}"]
-    assert set(answers[0]) == {"stage", "row_id", "prompt", "expected", "answer", "exact_match"}
+    fields = {"stage", "row_id", "prompt", "expected", "max_new_tokens", "answer", "exact_match"}
+    assert set(answers[0]) == fields
     assert "asked" in outcome.out
     for _ in range(2):
         config = outcome.run().path / "config.yaml"
@@ -323,3 +324,64 @@ def test_a_split_may_leave_a_part_out(command_line: CommandLine, fit_args: list[
     outcome = command_line("fit", *fit_args, "--data.split", '{"train": 0.7, "validation": 0.3}')
     assert outcome.code == 0, outcome.err
     assert set(outcome.run().read()["num_rows"]) == {"train", "validation"}
+
+
+def test_a_runs_config_means_its_best_checkpoint(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    run = command_line("fit", *fit_args).run()
+    outcome = command_line("test", "--config", run.path / "config.yaml", root=False)
+    assert outcome.code == 0, outcome.err
+    assert run.read()["results"][-1]["checkpoint"] == run.read()["best"]
+
+
+def test_only_folders_of_the_record_are_removed(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    run = command_line("fit", *fit_args, "--data.epochs", 1).run()
+    (run.checkpoints / "my-backup").mkdir()
+    longer = ["--data.epochs", 3, "--ckpt_path", "last"]
+    assert command_line("fit", "--config", run.path / "config.yaml", *longer, root=False).code == 0
+    assert (run.checkpoints / "my-backup").is_dir()
+
+
+def test_a_copied_checkpoint_starts_a_version_of_its_own(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    import shutil
+
+    run = command_line("fit", *fit_args, "--data.epochs", 1).run()
+    shutil.copytree(run.checkpoint("last"), tmp_path / "mine")  # type: ignore[arg-type]
+    outcome = command_line("fit", *fit_args, "--ckpt_path", tmp_path / "mine")
+    assert outcome.code == 0, outcome.err
+    assert [int(row["step"]) for row in outcome.metrics(version=1)] == list(range(6, 11))
+
+
+def test_equal_prompts_are_answered_and_counted_each(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    rows = [{"question": "sama", "answer": str(i)} for i in range(4)]
+    files = {"train": "train", "validation": "train", "test": "test"}
+    for name in set(files.values()):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    paths = json.dumps({split: str(tmp_path / f"{name}.jsonl") for split, name in files.items()})
+    args = ["--data.path", paths, "--generations.test_rows", "all", "--test_at_end", "true"]
+    outcome = command_line("fit", *fit_args, *args)
+    assert outcome.code == 0, outcome.err
+    lines = (outcome.run().path / "generations.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert sorted(a["expected"] for a in answers) == ["0", "1", "2", "3"]
+    share = sum(a["exact_match"] for a in answers) / 4
+    assert outcome.run().read()["results"][-1]["metrics"]["test/exact_match"] == pytest.approx(
+        share
+    )
+
+
+def test_answers_stay_within_the_models_positions(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    fields = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    args = ["--model.model_name_or_path", "null", "--model.from_config", json.dumps(fields)]
+    tokenizer = ["--model.tokenizer", TOKENIZER, "--generations.rows", 4]
+    outcome = command_line("fit", *fit_args, *args, *tokenizer)
+    assert outcome.code == 0, outcome.err

@@ -95,6 +95,23 @@ def test_resuming_a_finished_run_changes_nothing(
     assert run.read()["status"] == "finished"
 
 
+def test_early_stopping_survives_a_kill_after_its_last_save(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    stopping = ["--early_stopping.patience", "1", "--early_stopping.min_delta", "100"]
+    args = [*fit_args, *stopping, "--data.epochs", "9"]
+    straight = command_line("fit", *args, "--name", "straight")
+    stopped_at = straight.run("straight").read()["step"]
+    run = command_line("fit", *args).run()
+    run.update({"status": "running"})  # as if it had been killed before it could say so
+    resumed = command_line(
+        "fit", "--config", run.path / "config.yaml", "--ckpt_path", "last", root=False
+    )
+    assert resumed.code == 0, resumed.err
+    assert run.read()["step"] == stopped_at
+    assert run.read()["status"] == "finished"
+
+
 def test_several_unfinished_runs_are_listed(command_line: CommandLine, fit_args: list[str]) -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError):

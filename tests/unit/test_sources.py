@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from harness import write_rows
 
-from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source
+from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source, rows_of
 from fine_tune.errors import UserError
 
 ROWS = [{"question": f"soal {i}", "answer": f"jawab {i}"} for i in range(5)]
@@ -37,13 +37,13 @@ def save(folder: Path, kind: str) -> Path:
 def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     rows = read_source(Source(str(save(tmp_path, kind))), tmp_path / "cache")
     assert list(rows) == [ALL]
-    assert rows[ALL].to_list() == ROWS
+    assert rows_of(rows[ALL][:]) == ROWS
 
 
 def test_text_is_a_row_per_line_without_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("satu\n\ndua\n")
     rows = read_source(Source(str(tmp_path / "rows.txt")), tmp_path / "cache")
-    assert rows[ALL]["text"][:] == ["satu", "dua"]
+    assert rows_of(rows[ALL][:]) == [{"text": "satu"}, {"text": "dua"}]
 
 
 def test_splits_are_found_in_folders_saved_data_and_by_name(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_splits_are_found_in_folders_saved_data_and_by_name(tmp_path: Path) -> N
     by_name = {"train": str(train), "validation": str(dev)}
     for path in (str(folder), str(tmp_path / "saved"), by_name):
         rows = read_source(Source(path), tmp_path / "cache")
-        assert {split: part.to_list() for split, part in rows.items()} == {
+        assert {split: rows_of(part[:]) for split, part in rows.items()} == {
             "train": ROWS[:3],
             "validation": ROWS[3:],
         }
@@ -94,3 +94,30 @@ def test_files_of_two_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("question,answer\n1,2\n")
     with pytest.raises(UserError, match="files of one kind"):
         read_source(Source(str(tmp_path)), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_values_stay_as_they_were_written(tmp_path: Path, kind: str) -> None:
+    values = ["007", "1.50", "1945-08-17", "NA", "True", ""]
+    file = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        file.write_text("answer\n" + "".join(f'"{value}"\n' for value in values))
+    else:
+        write_rows(file, [{"answer": value} for value in values])
+    rows = rows_of(read_source(Source(str(file)), tmp_path / "cache")[ALL][:])
+    assert [row["answer"] for row in rows] == values
+
+
+def test_numbers_of_json_keep_their_digits(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"answer": 5}\n{"answer": 5.50}\n{"answer": 12345678901234567890}\n')
+    rows = rows_of(read_source(Source(str(file)), tmp_path / "cache")[ALL][:])
+    assert [str(row["answer"]) for row in rows] == ["5", "5.50", "12345678901234567890"]
+
+
+def test_renaming_a_file_of_a_folder_changes_the_fingerprint(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    write_rows(tmp_path / "test.jsonl", ROWS)
+    before = fingerprint(Source(str(tmp_path)))
+    (tmp_path / "test.jsonl").rename(tmp_path / "dev.jsonl")
+    assert fingerprint(Source(str(tmp_path))) != before
