@@ -290,7 +290,7 @@ class FineTuneCLI(LightningCLI):
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
         """Train, validate the best weights, and test them if asked to."""
         start = time.monotonic()
-        record = self.run_folder.read()
+        record = self.place.run.read() if self.place.run is not None else {}
         if record.get("status") == "finished" and record.get("num_steps", 0) >= self.plan.num_steps:
             log.info("this run is finished; extend it with --data.epochs or --trainer.max_steps")
             return
