@@ -63,7 +63,7 @@ class RunRecord(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if trainer.state.fn == "fit" and run_of(trainer).read():
+        if trainer.state.fn == "fit" and self._start:
             self._end(
                 trainer,
                 "interrupted"

@@ -358,6 +358,7 @@ class StepModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained, under the Hugging Face model's own names."""
+        checkpoint["run_settings"] = self._run_settings()
         adapters_only = isinstance(self.model, PeftModel)
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {
@@ -383,14 +384,37 @@ class StepModule(LightningModule):
         Raises:
             UserError: The folder holds another kind of weights, or an adapter of another base or shape.
         """
+        fitting = self.trainer.state.fn == "fit"
+        if fitting:
+            self._refuse_another_run(checkpoint)
         self.configure_model()
         assert self.model is not None
         adapters.restore_weights(self.model, Path(checkpoint["folder"]))
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
-        if self.trainer.state.fn == "fit" and checkpoint["global_step"] < self.plan.num_steps:
-            loops["epoch_loop.batch_progress"]["is_last_batch"] = (
-                False  # it was the last of a shorter run
-            )
+        if fitting and checkpoint["global_step"] < self.plan.num_steps:
+            loops["epoch_loop.batch_progress"]["is_last_batch"] = False  # the last of a shorter run
+
+    def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
+        then, now = checkpoint.get("run_settings", {}), self._run_settings()
+        changed = [
+            f"{key}: the checkpoint was trained with {then[key]}, this run would go on with {value}; "
+            "set it back, or start a new run from the checkpoint's folder as model.model_name_or_path"
+            for key, value in now.items()
+            if key in then and then[key] != value
+        ]
+        if changed:
+            raise UserError(*changed)
+
+    def _run_settings(self) -> dict[str, Any]:
+        """Return what must stay the same when a run goes on: the steps' rows and their learning rate."""
+        trial = self.optimizer(parameter_groups(torch.nn.Linear(2, 2).parameters()))
+        return {
+            "model.optimizer.lr": float(trial.param_groups[0]["lr"]),
+            "model.lr_scheduler": self.lr_scheduler,
+            "data.batch_size": self.plan.batch_size,
+            "data: training rows": self.plan.num_rows["train"],
+            "data: training tokens": self.plan.num_tokens["train"],
+        }
 
     # ---- small parts
 

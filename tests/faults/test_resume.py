@@ -112,6 +112,30 @@ def test_early_stopping_survives_a_kill_after_its_last_save(
     assert run.read()["status"] == "finished"
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        (
+            "--model.optimizer.lr",
+            "0.5",
+            "model.optimizer.lr: the checkpoint was trained with 0.001",
+        ),
+        ("--data.batch_size", "4", "data.batch_size: the checkpoint was trained with 8"),
+        ("--data.prompt", "Soal: {question}", "data: training tokens"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused(
+    command_line: CommandLine, fit_args: list[str], flag: str, value: str, message: str
+) -> None:
+    run = command_line("fit", *fit_args, "--data.epochs", "1").run()
+    before = {p.name: p.read_bytes() for p in run.path.iterdir() if p.suffix in (".json", ".csv")}
+    more = ["--data.epochs", "2", "--ckpt_path", "last", flag, value]
+    refused = command_line("fit", "--config", run.path / "config.yaml", *more, root=False)
+    assert refused.code == 2
+    assert message in refused.err
+    assert {name: (run.path / name).read_bytes() for name in before} == before
+
+
 def test_several_unfinished_runs_are_listed(command_line: CommandLine, fit_args: list[str]) -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError):
