@@ -52,7 +52,6 @@ def test_unknown_verb(command_line: CommandLine) -> None:
             "3",
             ["has no field 'hiden_size'; did you mean 'hidden_size'?"],
         ),
-        ("--model.revision", "", []),
         ("--data.max_length", "1000", ["more than the model's 256 positions"]),
         ("--data.split.train", "0.9", ["data.split"]),
         ("--trainer.max_epochs", "3", ["trainer.max_epochs", "set data.epochs"]),
@@ -94,8 +93,6 @@ def test_unknown_verb(command_line: CommandLine) -> None:
 def test_a_wrong_flag(
     command_line: CommandLine, fit_args: list[str], flag: str, value: str, messages: list[str]
 ) -> None:
-    if flag == "--model.revision":
-        pytest.skip("an empty revision is no mistake")
     refused(command_line("fit", *fit_args, flag, value), *messages)
 
 
