@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from fine_tune.data.files import fields_of, rows_of
 from fine_tune.data.formats import (
     FORMATS,
     Example,
@@ -14,7 +15,7 @@ from fine_tune.data.formats import (
     check_templates,
     detect_format,
 )
-from fine_tune.data.sources import ALL, Source, fields_of, locate_row, rows_of
+from fine_tune.data.sources import ALL, Source, locate_row
 from fine_tune.data.split import DEFAULT_RATIOS, SPLITS, assign_splits, group_hash
 from fine_tune.errors import UserError
 

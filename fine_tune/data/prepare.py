@@ -19,9 +19,10 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune.data.encode import AssistantTurns, Encoder, Truncation
+from fine_tune.data.files import rows_of
 from fine_tune.data.formats import FORMATS, RowError
 from fine_tune.data.parts import MAX_ROW_ERRORS, Part, format_of, shared_prompts, split_sources
-from fine_tune.data.sources import Source, fingerprint, locate_row, read_source, rows_of
+from fine_tune.data.sources import Source, fingerprint, locate_row, read_source
 from fine_tune.data.split import SPLITS
 from fine_tune.errors import UserError
 from fine_tune.losses import num_supervised_targets

@@ -33,13 +33,11 @@ from peft import (
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 from fine_tune.data import SFTData
 from fine_tune.data.steps import StepSampler
 from fine_tune.modules import SFT
-
-pytest.importorskip("trl")
-from trl import SFTConfig, SFTTrainer
 
 MAX_LOSS_DIFFERENCE = 1e-5  # relative, at every step
 MAX_WEIGHT_DIFFERENCE = 1e-4  # relative L2 over all trained parameters after the last step

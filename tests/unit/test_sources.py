@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from harness import write_rows
 
-from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source, rows_of
+from fine_tune.data.files import rows_of
+from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source
 from fine_tune.errors import UserError
 
 ROWS = [{"question": f"soal {i}", "answer": f"jawab {i}"} for i in range(5)]
@@ -121,3 +122,12 @@ def test_renaming_a_file_of_a_folder_changes_the_fingerprint(tmp_path: Path) -> 
     before = fingerprint(Source(str(tmp_path)))
     (tmp_path / "test.jsonl").rename(tmp_path / "dev.jsonl")
     assert fingerprint(Source(str(tmp_path))) != before
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, kind: str) -> None:
+    text = {"jsonl": '{"text": "satu"}\n', "csv": "text\nsatu\n", "txt": "satu\n"}[kind]
+    file = tmp_path / f"rows.{kind}"
+    file.write_text(text, encoding="utf-8-sig")
+    rows = rows_of(read_source(Source(str(file)), tmp_path / "cache")[ALL][:])
+    assert rows == [{"text": "satu"}]

@@ -1,0 +1,117 @@
+"""What the user gave, setting by setting, each with its place: YAML files with their lines, and flags."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fine_tune.errors import UserError
+
+CLASS_SECTIONS = ("model", "data")  # their options stand under init_args
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value the user gave.
+
+    Args:
+        key: Like ``data.batch_size``, without ``init_args``.
+        value: As YAML gave it; a text for a flag.
+        where: ``configs/x.yaml:7``, or the flag itself.
+        from_flag: Whether it stood on the command line.
+    """
+
+    key: str
+    value: Any
+    where: str
+    from_flag: bool = False
+
+
+def read_yaml(file: str) -> tuple[list[Setting], list[str]]:
+    """Read a YAML file into settings, each with its line.
+
+    Returns:
+        The settings, and the problems: missing file, syntax, duplicate keys, tags that would build objects.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        return [], [f"--config: '{file}' cannot be read: {error.strerror}"]
+    except UnicodeDecodeError:
+        return [], [f"--config: '{file}' is not UTF-8 text"]
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else file
+        return [], [f"{where}: YAML: {getattr(error, 'problem', None) or error}"]
+    if root is None:
+        return [], []
+    if not isinstance(root, yaml.MappingNode):
+        return [], [f"{file}:1: a mapping of keys is wanted"]
+    problems: list[str] = []
+    return list(_walk(root, "", file, problems, depth=0)), problems
+
+
+def _walk(
+    node: yaml.MappingNode, prefix: str, file: str, problems: list[str], depth: int
+) -> Iterator[Setting]:
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        where = f"{file}:{key_node.start_mark.line + 1}"
+        key = str(key_node.value)
+        if key in seen:
+            problems.append(f"{where}: duplicate key '{key}' (first in line {seen[key]})")
+        seen[key] = key_node.start_mark.line + 1
+        path = prefix if key == "init_args" and depth == 1 else f"{prefix}{key}"
+        opens = depth == 0 or (
+            depth == 1 and key == "init_args" and prefix.rstrip(".") in CLASS_SECTIONS
+        )
+        if opens and isinstance(value_node, yaml.MappingNode):
+            inner = path if key == "init_args" else f"{path}."
+            yield from _walk(value_node, inner, file, problems, depth + 1)
+            continue
+        try:
+            value = yaml.SafeLoader("").construct_document(value_node)
+        except yaml.YAMLError as error:
+            problems.append(f"{where}: YAML: {getattr(error, 'problem', None) or error}")
+            continue
+        _find_duplicates(value_node, file, problems)
+        yield Setting(path, value, where)
+
+
+def _find_duplicates(node: yaml.Node, file: str, problems: list[str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key_node, value_node in node.value:
+            if key_node.value in seen:
+                problems.append(
+                    f"{file}:{key_node.start_mark.line + 1}: duplicate key '{key_node.value}'"
+                )
+            seen.add(key_node.value)
+            _find_duplicates(value_node, file, problems)
+
+
+def split_flags(args: list[str]) -> tuple[list[Setting], list[str]]:
+    """Read the flags behind a verb into settings, and name the YAML files among them."""
+    flags, files, i = [], [], 0
+    while i < len(args):
+        arg = args[i]
+        if not arg.startswith("-"):
+            raise UserError(f"'{arg}': a flag was expected here, like --data.batch_size 8")
+        name, equals, value = arg.partition("=")
+        if not equals:
+            i += 1
+            if i >= len(args):
+                raise UserError(f"{arg}: a value is missing")
+            value = args[i]
+        i += 1
+        if name in ("--config", "-c"):
+            files.append(value)
+        else:
+            flags.append(
+                Setting(name.lstrip("-").replace(".init_args.", "."), value, name, from_flag=True)
+            )
+    return flags, files
