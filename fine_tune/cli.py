@@ -11,12 +11,10 @@ from fine_tune.quiet import quiet_libraries, start_console, stop_tee, tee_to
 
 quiet_libraries()
 
-import torch  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from fine_tune import run_folder as runs  # noqa: E402
 from fine_tune import summary  # noqa: E402
@@ -30,6 +28,13 @@ from fine_tune.config_check import check_settings, innermost  # noqa: E402
 from fine_tune.errors import UserError, nearest  # noqa: E402
 from fine_tune.loggers import MetricsCSV, default_loggers  # noqa: E402
 from fine_tune.places import claim, find_place, is_first_process  # noqa: E402
+from fine_tune.settings import take_templates  # noqa: E402
+from fine_tune.trainer_settings import (  # noqa: E402
+    check_trainer,
+    choose_precision,
+    trainer_problems,
+    validation_steps,
+)
 
 log = logging.getLogger("fine_tune")
 FORCED_CALLBACKS = {
@@ -40,26 +45,6 @@ FORCED_CALLBACKS = {
 HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
 MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
 NO_CHECK = ("-h", "--print_config", "--print_shtab")
-OURS_NOT_TRAINERS = {
-    "max_epochs": (None, "epochs are the data's: set data.epochs"),
-    "check_val_every_n_epoch": (
-        None,
-        "validation counts optimizer steps: set trainer.val_check_interval",
-    ),
-    "accumulate_grad_batches": (
-        1,
-        "a batch is a whole step already: set data.batch_size (rows per step) and "
-        "data.max_tokens_per_micro_batch (what fits the device)",
-    ),
-    "limit_train_batches": (None, "set data.max_rows, or trainer.max_steps"),
-    "overfit_batches": (0.0, "set data.max_rows: {train: N}"),
-    "fast_dev_run": (False, "set trainer.max_steps: 3"),
-    "enable_checkpointing": (
-        None,
-        "checkpoints are part of a run: set checkpoint.every and checkpoint.keep",
-    ),
-    "use_distributed_sampler": (True, "rows are spread over processes by the data module"),
-}
 
 
 class Parser(LightningArgumentParser):
@@ -125,7 +110,7 @@ class FineTuneCLI(LightningCLI):
         ):
             classes = {"trainer": Trainer, **FORCED_CALLBACKS}
             check_settings(rest, self._parser(verb), classes)
-        rest, templates = _take_templates(rest)
+        rest, templates = take_templates(rest)
         self.config = parser.parse_args([verb, *rest])
         for key, value in templates.items():
             self.config[verb].data.init_args[key] = value
@@ -149,13 +134,8 @@ class FineTuneCLI(LightningCLI):
         return Path(self.settings.trainer.default_root_dir or ".")
 
     def before_instantiate_classes(self) -> None:
-        problems = [
-            f"trainer.{key}: not used here; {instead}"
-            for key, (default, instead) in OURS_NOT_TRAINERS.items()
-            if self.settings.trainer.get(key) not in (default, None)
-        ]
         trainer = self.settings.trainer
-        problems += _trainer_problems(trainer)
+        problems = trainer_problems(trainer)
         for key in ("early_stopping", "checkpoint"):
             if self.settings[key].monitor not in MONITORED:
                 problems.append(
@@ -203,7 +183,7 @@ class FineTuneCLI(LightningCLI):
             raise UserError(f"trainer: {innermost(str(error))}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        self._check_trainer()
+        check_trainer(self.settings.trainer)
         self._check_before_weights()
         self.place = find_place(
             str(self.subcommand),
@@ -240,25 +220,6 @@ class FineTuneCLI(LightningCLI):
         progress = TrainingProgress(bar=self.settings.trainer.enable_progress_bar is not False)
         return super()._instantiate_trainer(config, [*callbacks, progress, RunRecord()])
 
-    def _check_trainer(self) -> None:
-        """Try the trainer's settings, without the classes among them, before anything is written."""
-        asked = {
-            key: value
-            for key, value in vars(self.settings.trainer).items()
-            if key not in ("callbacks", "logger", "plugins", "profiler", "default_root_dir")
-            and not isinstance(value, Namespace)
-        }
-        asked |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        asked |= {"max_epochs": 1, "val_check_interval": None, "enable_checkpointing": False}
-        try:
-            Trainer(**asked)
-        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-            told = " ".join(str(error).split())
-            raise UserError(
-                f"trainer: these settings cannot be had here: {told}; "
-                f"this machine has a CPU and {torch.cuda.device_count()} CUDA device(s)"
-            ) from error
-
     def _check_before_weights(self) -> None:
         """Prepare the data and hold everything against everything that needs no weights."""
         model, data = self.model, self.datamodule
@@ -267,7 +228,7 @@ class FineTuneCLI(LightningCLI):
         plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
         model.check(plan, data.tokenizer)
         asked = self.settings.trainer.val_check_interval
-        self.val_check_interval = _validation_steps(asked, plan.steps_per_epoch)
+        self.val_check_interval = validation_steps(asked, plan.steps_per_epoch)
         problems = []
         if "validation" not in plan.num_rows and self.settings.early_stopping.patience is not None:
             problems.append(
@@ -330,36 +291,6 @@ class FineTuneCLI(LightningCLI):
                 log.info(line)
 
 
-def _trainer_problems(trainer: Namespace) -> list[str]:
-    problems = []
-    if trainer.log_every_n_steps is not None and trainer.log_every_n_steps < 1:
-        problems.append(
-            f"trainer.log_every_n_steps: must be at least 1, got {trainer.log_every_n_steps}"
-        )
-    if trainer.max_steps == 0 or trainer.max_steps < -1:
-        problems.append(
-            f"trainer.max_steps: must be at least 1, or -1 for no limit; got {trainer.max_steps}"
-        )
-    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
-        problems.append(
-            f"trainer.gradient_clip_val: must not be negative, got {trainer.gradient_clip_val}"
-        )
-    if not isinstance(trainer.val_check_interval, int | float | None):
-        problems.append(
-            "trainer.val_check_interval: give optimizer steps, or a share of a data epoch"
-        )
-    return problems
-
-
-def choose_precision(accelerator: str) -> tuple[str, str]:
-    """Choose the precision nobody asked for, by what the device can do, and say why."""
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true", "the default on a CPU"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return "bf16-mixed", "the GPU computes in bfloat16"
-    return "16-mixed", "the GPU has no bfloat16"
-
-
 def main(args: list[str] | None = None) -> int:
     """Run fit, validate or test; return the exit code: 2 for what the user can fix."""
     args = sys.argv[1:] if args is None else args
@@ -396,38 +327,6 @@ def main(args: list[str] | None = None) -> int:
     finally:
         stop_tee()
     return 0
-
-
-def _take_templates(args: list[str]) -> tuple[list[str], dict[str, str | None]]:
-    """Take templates out of the flags: they are text, while YAML would read ``Q: {question}`` as a mapping."""
-    rest, templates, i = [], {}, 0
-    while i < len(args):
-        name, equals, value = args[i].partition("=")
-        key = name.replace(".init_args.", ".").removeprefix("--data.")
-        if name.startswith("--data.") and key in ("prompt", "completion"):
-            i += 0 if equals else 1
-            value = value if equals else args[i]
-            templates[key] = None if value == "null" else value
-        else:
-            rest.append(args[i])
-        i += 1
-    return rest, templates
-
-
-def _validation_steps(interval: Any, steps_per_epoch: int) -> Any:
-    if interval is None:
-        return steps_per_epoch
-    if isinstance(interval, float):
-        if not 0 < interval <= 1:
-            raise UserError(
-                f"trainer.val_check_interval: a share of a data epoch lies in (0, 1], got {interval}"
-            )
-        return max(1, round(interval * steps_per_epoch))
-    if isinstance(interval, int) and interval < 1:
-        raise UserError(
-            f"trainer.val_check_interval: must be at least 1 optimizer step, got {interval}"
-        )
-    return interval
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:

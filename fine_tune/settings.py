@@ -115,3 +115,19 @@ def split_flags(args: list[str]) -> tuple[list[Setting], list[str]]:
                 Setting(name.lstrip("-").replace(".init_args.", "."), value, name, from_flag=True)
             )
     return flags, files
+
+
+def take_templates(args: list[str]) -> tuple[list[str], dict[str, str | None]]:
+    """Take templates out of the flags: they are text, while YAML would read ``Q: {question}`` as a mapping."""
+    rest, templates, i = [], {}, 0
+    while i < len(args):
+        name, equals, value = args[i].partition("=")
+        key = name.replace(".init_args.", ".").removeprefix("--data.")
+        if name.startswith("--data.") and key in ("prompt", "completion"):
+            i += 0 if equals else 1
+            value = value if equals else args[i]
+            templates[key] = None if value == "null" else value
+        else:
+            rest.append(args[i])
+        i += 1
+    return rest, templates

@@ -19,9 +19,16 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fine_tune import adapters, models
+from fine_tune import adapters, model_config, models
 from fine_tune.batches import DataPlan, cut_by_tokens, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
+from fine_tune.modules.checks import (
+    max_positions,
+    plan_problems,
+    refuse_another_run,
+    source_problems,
+    warmup_problems,
+)
 from fine_tune.modules.generation import generate
 from fine_tune.modules.metrics import TokenMetrics
 from fine_tune.modules.optimization import Schedule, optimizer_problems, parameter_groups, schedule
@@ -74,27 +81,11 @@ class StepModule(LightningModule):
         warmup_ratio: float | None = None,
     ) -> None:
         super().__init__()
-        problems = []
-        if (model_name_or_path is None) == (from_config is None):
-            given = "both" if from_config is not None else "neither"
-            problems.append(
-                f"model.model_name_or_path, model.from_config: give one of them, {given} given"
-            )
-        if warmup_steps is not None and warmup_ratio is not None:
-            problems.append("model.warmup_steps, model.warmup_ratio: give one of them, not both")
-        if warmup_steps is not None and warmup_steps < 0:
-            problems.append(f"model.warmup_steps: must not be negative, got {warmup_steps}")
-        if warmup_ratio is not None and not 0 <= warmup_ratio <= 1:
-            problems.append(f"model.warmup_ratio: must lie between 0 and 1, got {warmup_ratio}")
-        if quantization is not None and lora is None:
-            problems.append(
-                "model.quantization: quantized weights are frozen; set model.lora, like auto"
-            )
-        if quantization is not None and model_name_or_path is None:
-            problems.append(
-                "model.quantization: needs weights to quantize; set model.model_name_or_path"
-            )
-        problems += optimizer_problems(optimizer)
+        problems = [
+            *source_problems(model_name_or_path, from_config, quantization, lora),
+            *warmup_problems(warmup_steps, warmup_ratio),
+            *optimizer_problems(optimizer),
+        ]
         if problems:
             raise UserError(*problems)
         self.model_name_or_path, self.revision = model_name_or_path, revision
@@ -148,24 +139,7 @@ class StepModule(LightningModule):
                 warm-up longer than the planned epochs.
         """
         config = self.model_config(tokenizer)
-        positions, longest = self.max_positions(tokenizer), max(plan.longest_row.values())
-        problems = []
-        if positions is not None and longest > positions:
-            problems.append(
-                f"data.max_length: {plan.max_length} lets rows of {longest} tokens through, but the model has "
-                f"{positions} positions; set --data.max_length {positions}"
-            )
-        if plan.largest_token_id >= config.vocab_size:
-            problems.append(
-                f"model.tokenizer: it gives token id {plan.largest_token_id}, but the model's vocabulary has "
-                f"{config.vocab_size} entries; this is another model's tokenizer"
-            )
-        warmup = self.num_warmup_steps(plan)
-        if warmup > plan.planned_steps:
-            problems.append(
-                f"model.warmup_steps: {warmup} is longer than the {plan.planned_steps} steps of all epochs "
-                f"({plan.steps_per_epoch} per epoch); lower it or give model.warmup_ratio"
-            )
+        problems = plan_problems(plan, config, self.num_warmup_steps(plan))
         if problems:
             raise UserError(*problems)
         if self.lora == "auto":
@@ -175,8 +149,7 @@ class StepModule(LightningModule):
 
     def max_positions(self, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
         """Return the longest row the model's positions allow, or None if its config sets no limit."""
-        positions = getattr(self.model_config(tokenizer), "max_position_embeddings", None)
-        return int(positions) if positions is not None else None
+        return max_positions(self.model_config(tokenizer))
 
     def model_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
         """Return the model's config with the user's overrides; for a new model, the tokenizer's ids filled in."""
@@ -187,8 +160,8 @@ class StepModule(LightningModule):
                 for name in ("bos_token_id", "eos_token_id", "pad_token_id")
             }
             fields = {"vocab_size": len(tokenizer), **ids, **fields}
-        config = models.load_config(self.model_name_or_path, self.revision, fields)
-        return models.override_config(config, self.config_overrides)
+        config = model_config.load_config(self.model_name_or_path, self.revision, fields)
+        return model_config.override_config(config, self.config_overrides)
 
     def configure_model(self) -> None:
         """Load or initialise the weights, once."""
@@ -386,24 +359,13 @@ class StepModule(LightningModule):
         """
         fitting = self.trainer.state.fn == "fit"
         if fitting:
-            self._refuse_another_run(checkpoint)
+            refuse_another_run(checkpoint.get("run_settings", {}), self._run_settings())
         self.configure_model()
         assert self.model is not None
         adapters.restore_weights(self.model, Path(checkpoint["folder"]))
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         if fitting and checkpoint["global_step"] < self.plan.num_steps:
             loops["epoch_loop.batch_progress"]["is_last_batch"] = False  # the last of a shorter run
-
-    def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
-        then, now = checkpoint.get("run_settings", {}), self._run_settings()
-        changed = [
-            f"{key}: the checkpoint was trained with {then[key]}, this run would go on with {value}; "
-            "set it back, or start a new run from the checkpoint's folder as model.model_name_or_path"
-            for key, value in now.items()
-            if key in then and then[key] != value
-        ]
-        if changed:
-            raise UserError(*changed)
 
     def _run_settings(self) -> dict[str, Any]:
         """Return what must stay the same when a run goes on: the steps' rows and their learning rate."""

@@ -1,0 +1,184 @@
+"""Where a model comes from, and its config: from a folder, the hub, or its fields. No weights are read here."""
+
+import copy
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+from fine_tune.errors import UserError, nearest
+
+
+def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Find where a model or tokenizer comes from, without loading it.
+
+    Args:
+        key: The config key that named it, for the error.
+        name: A local folder, or ``owner/name`` on the hub.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The folder or hub name, and the exact commit on the hub (None for a folder).
+
+    Raises:
+        UserError: Not a folder, and not to be had from the hub or its cache.
+    """
+    if Path(name).is_dir():
+        return name, None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise UserError(
+            f"{key}: folder '{name}' does not exist; give a model folder or a hub name like 'owner/name'"
+        )
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return name, Path(cached).parent.name
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{key}: '{name}' is not a folder and not in the hub's cache, and HF_HUB_OFFLINE is set"
+        )
+    try:
+        return name, HfApi().model_info(name, revision=revision, timeout=5).sha
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{key}: '{name}' is neither a folder here nor to be had from the hub ({type(error).__name__}: {reason}); "
+            "check the name, the connection and, for gated models, the login"
+        ) from error
+
+
+def load_config(
+    name: str | None, revision: str | None, from_config: dict[str, Any] | None
+) -> PreTrainedConfig:
+    """Read a model's config from a folder or the hub, or build one from its fields.
+
+    Args:
+        name: Model folder or hub name; exactly one of ``name`` and ``from_config`` is given.
+        revision: Revision on the hub.
+        from_config: ``{model_type: llama, hidden_size: 64, ...}`` or ``{class: LlamaConfig, ...}``.
+
+    Raises:
+        UserError: Unknown model type or field, a value of the wrong type, or a model that needs hub code.
+    """
+    if from_config is not None:
+        return _config_from_fields(from_config)
+    assert name is not None
+    source, commit = resolve_source("model.model_name_or_path", name, revision)
+    if Path(source).is_dir():
+        check_model_folder(Path(source))
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=commit or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.model_name_or_path: config of '{name}': {first_line(error)}"
+        ) from error
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse, before anything loads, a folder whose weights are absent, incomplete or pickled.
+
+    Raises:
+        UserError: Says which file is missing or not accepted, and how to convert it.
+    """
+    where = f"model.model_name_or_path: '{folder}'"
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{where} holds a LoRA adapter, not a model; merge it into its base first"
+            )
+        raise UserError(f"{where} has no config.json; give the folder that save_pretrained() wrote")
+    auto_map = json.loads((folder / "config.json").read_text()).get("auto_map")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    if auto_map and model_type not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"{where} needs code from the hub (auto_map), which is never executed; use a built-in model"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise UserError(
+                f"{where}: shard(s) missing: {', '.join(missing)}; copy the folder again"
+            )
+    elif not list(folder.glob("*.safetensors")):
+        if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
+            raise UserError(
+                f"{where} has only pickled weights, which can execute code on load; convert them where you trust them: "
+                "model.save_pretrained(folder) writes safetensors"
+            )
+        raise UserError(f"{where} has no weights (*.safetensors)")
+
+
+def override_config(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """Return a copy of the config with the given fields replaced.
+
+    Raises:
+        UserError: A field the model's config does not have.
+    """
+    config = copy.deepcopy(config)
+    known = _config_fields(type(config))
+    unknown = [key for key in overrides if key not in known]
+    if unknown:
+        raise UserError(
+            *(_unknown_field("model.config", key, type(config), known) for key in unknown)
+        )
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    return config
+
+
+def _config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
+    fields = dict(fields)
+    model_type, class_name = fields.pop("model_type", None), fields.pop("class", None)
+    where = "model.from_config"
+    if (model_type is None) == (class_name is None):
+        raise UserError(f"{where}: give either model_type (like llama) or class (like LlamaConfig)")
+    if class_name is not None:
+        config_class = getattr(transformers, str(class_name).removeprefix("transformers."), None)
+        if not (inspect.isclass(config_class) and issubclass(config_class, PreTrainedConfig)):
+            raise UserError(f"{where}.class: transformers has no config class '{class_name}'")
+    else:
+        known_types = sorted(
+            transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        )
+        if model_type not in known_types:
+            raise UserError(
+                f"{where}.model_type: transformers has no causal language model '{model_type}'"
+                f"{nearest(str(model_type), known_types) or '; for example llama, gpt2, phi, qwen2, qwen3_moe'}"
+            )
+        config_class = transformers.CONFIG_MAPPING[model_type]
+    known = _config_fields(config_class)
+    unknown = [key for key in fields if key not in known]
+    if unknown:
+        raise UserError(*(_unknown_field(where, key, config_class, known) for key in unknown))
+    try:
+        return config_class(**fields)
+    except Exception as error:  # the config classes raise errors of several libraries
+        told = " ".join(str(error).split())
+        raise UserError(f"{where}: {config_class.__name__} refuses {fields}: {told}") from error
+
+
+def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
+    own = [
+        p
+        for p in inspect.signature(config_class.__init__).parameters
+        if p not in ("self", "kwargs")
+    ]
+    return sorted({*own, *config_class.attribute_map, "rope_theta", "rope_scaling"})
+
+
+def _unknown_field(where: str, key: str, config_class: type, known: list[str]) -> str:
+    return f"{where}: {config_class.__name__} has no field '{key}'{nearest(key, known)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, or its name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
