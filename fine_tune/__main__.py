@@ -8,6 +8,10 @@ VERBS = {
     "fit": ("fine_tune.cli:main", "train a model from a YAML, then validate its best weights"),
     "validate": ("fine_tune.cli:main", "measure a checkpoint on the validation split"),
     "test": ("fine_tune.cli:main", "measure a checkpoint on the test split"),
+    "analyze": (
+        "fine_tune.commands.analyze:main",
+        "look at the data before training on it: lengths, truncation, duplicates, leakage",
+    ),
     "make-qa": (
         "fine_tune.commands.make_qa:make_qa",
         "write question-answer rows and their tokenizer from facts",
@@ -50,7 +54,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: unknown verb '{verb}'{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     module, function = VERBS[verb][0].split(":")
-    if module == "fine_tune.cli":
+    if function == "main":  # parses for itself
         return int(importlib.import_module(module).main(args))
     from fine_tune.commands.run_function import run_function
 

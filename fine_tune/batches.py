@@ -24,6 +24,14 @@ class SFTBatch(TypedDict):
     row_ids: list[int]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A setting the user left open, the value a rule gives it, and why."""
+
+    value: Any
+    reason: str
+
+
 @dataclass
 class DataPlan:
     """What a module, a callback or the summary may know of the data.
@@ -40,6 +48,8 @@ class DataPlan:
         num_steps: Optimizer steps the run takes in total.
         planned_steps: Optimizer steps the epochs hold, before ``trainer.max_steps`` cuts them.
         largest_token_id: Largest id in any row, to be held against the model's vocabulary.
+        test_hash: Identity of the sealed test split, by the content of its rows; None without one.
+        choices: What rules give to settings left open, by key (``data.max_length``, ``model.gradient_checkpointing``).
         notes: Lines for the start summary (truncated, dropped, cached ...).
     """
 
@@ -54,6 +64,8 @@ class DataPlan:
     num_steps: int
     planned_steps: int
     largest_token_id: int
+    test_hash: str | None = None
+    choices: dict[str, Choice] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -1,11 +1,13 @@
 """The command line of fit, validate and test: LightningCLI with the project's guards, folders and wording."""
 
 import enum
+import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fine_tune.quiet import quiet_libraries, start_console, stop_tee, tee_to
 
@@ -18,6 +20,7 @@ from lightning.pytorch.loggers import Logger  # noqa: E402
 
 from fine_tune import run_folder as runs  # noqa: E402
 from fine_tune import summary  # noqa: E402
+from fine_tune.batches import Choice, DataPlan  # noqa: E402
 from fine_tune.callbacks.checkpoints import Checkpoints  # noqa: E402
 from fine_tune.callbacks.early_stopping import EarlyStopping  # noqa: E402
 from fine_tune.callbacks.generations import Generations  # noqa: E402
@@ -45,6 +48,9 @@ FORCED_CALLBACKS = {
 HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
 MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
 NO_CHECK = ("-h", "--print_config", "--print_shtab")
+
+
+CLI = TypeVar("CLI", bound="FineTuneCLI")
 
 
 class Parser(LightningArgumentParser):
@@ -212,9 +218,18 @@ class FineTuneCLI(LightningCLI):
             **kwargs,
         )
         log.info("precision: %s (%s)", self.settings.trainer.precision, self.why_precision)
-        for line in summary.start(str(self.subcommand), self.model, self.plan, trainer, run.path):
+        lines = summary.start(str(self.subcommand), self.model, self.plan, trainer, run.path)
+        for line in [*lines, *summary.choices(self.chosen)]:
             log.info(line)
+        if self.subcommand == "fit" and is_first_process():
+            self._write_data_facts()
         return trainer
+
+    def _write_data_facts(self) -> None:
+        file = self.run_folder.path / "data.json"
+        if not file.exists():
+            audit = self.datamodule.prepared.facts["audit"]
+            file.write_text(json.dumps(audit, indent=1, ensure_ascii=False), "utf-8")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         progress = TrainingProgress(bar=self.settings.trainer.enable_progress_bar is not False)
@@ -229,6 +244,7 @@ class FineTuneCLI(LightningCLI):
         model.check(plan, data.tokenizer)
         asked = self.settings.trainer.val_check_interval
         self.val_check_interval = validation_steps(asked, plan.steps_per_epoch)
+        self.chosen = self._take_choices(plan)
         problems = []
         if "validation" not in plan.num_rows and self.settings.early_stopping.patience is not None:
             problems.append(
@@ -246,6 +262,17 @@ class FineTuneCLI(LightningCLI):
         if problems:
             raise UserError(*problems)
 
+    def _take_choices(self, plan: DataPlan) -> dict[str, Choice]:
+        """Write what rules chose for settings left open into the settings, so that the saved config shows them."""
+        chosen = {}
+        for key, choice in plan.choices.items():
+            section, name = key.split(".")
+            settings = self.settings[section].init_args
+            if name in settings and settings[name] is None:
+                settings[name] = choice.value
+                chosen[key] = choice
+        return chosen
+
     # ---- verbs
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
@@ -262,7 +289,10 @@ class FineTuneCLI(LightningCLI):
             self.trainer.validate(
                 model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
             )
-        if best is not None and self.settings.test_at_end:
+        done = self.trainer.strategy.broadcast(self.run_folder.read().get("status") == "finished")
+        if self.settings.test_at_end and not done:
+            log.info("the test split stays sealed: the run stopped before its last step")
+        elif best is not None and self.settings.test_at_end:
             self.trainer.test(
                 model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
             )
@@ -291,32 +321,36 @@ class FineTuneCLI(LightningCLI):
                 log.info(line)
 
 
+class PreparedCLI(FineTuneCLI):
+    """Parse, check and prepare the data as ``fit`` does, and stop before anything is claimed or loaded."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        check_trainer(self.settings.trainer)
+        self._check_before_weights()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing: the caller looks at ``plan``, ``datamodule``, ``model`` and ``chosen``."""
+
+
 def main(args: list[str] | None = None) -> int:
     """Run fit, validate or test; return the exit code: 2 for what the user can fix."""
-    args = sys.argv[1:] if args is None else args
+    return exit_code(lambda: _run(FineTuneCLI, sys.argv[1:] if args is None else args))
+
+
+def prepare_as_fit(args: list[str]) -> PreparedCLI:
+    """Take fit's flags as far as its data and its settings, without weights and without a run folder.
+
+    Raises:
+        UserError: What ``fit`` would refuse.
+    """
+    return _run(PreparedCLI, ["fit", *args])
+
+
+def exit_code(run: Callable[[], Any]) -> int:
+    """Run something for the user: 0, or 2 and one line per mistake of theirs; a defect of ours keeps its traceback."""
     start_console()
     try:
-        FineTuneCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            seed_everything_default=42,
-            save_config_callback=RunConfig,
-            trainer_defaults={
-                "check_val_every_n_epoch": None,
-                "log_every_n_steps": 10,
-                "num_sanity_val_steps": 0,
-            },
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": "python -m fine_tune",
-                **{verb: {"epilog": HELP_HINT} for verb in FineTuneCLI.subcommands()},
-            },
-            args=args,
-        )
+        run()
     except Exception as error:
         behind = _user_error_behind(error)
         if behind is None:
@@ -327,6 +361,30 @@ def main(args: list[str] | None = None) -> int:
     finally:
         stop_tee()
     return 0
+
+
+def _run(cli: type[CLI], args: list[str]) -> CLI:
+    return cli(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        seed_everything_default=42,
+        save_config_callback=RunConfig,
+        trainer_defaults={
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+        },
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "python -m fine_tune",
+            **{verb: {"epilog": HELP_HINT} for verb in FineTuneCLI.subcommands()},
+        },
+        args=args,
+    )
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:

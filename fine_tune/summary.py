@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fine_tune.batches import DataPlan
+from fine_tune.batches import Choice, DataPlan
 from fine_tune.callbacks.generations import GENERATIONS_FILE, before_after_table, read_generations
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.run_folder import RunFolder
@@ -39,6 +39,11 @@ def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> 
         if warmup > plan.num_steps:
             lines.append(f"  trainer.max_steps ends the run inside its warm-up of {warmup} steps")
     return [*lines, f"run folder: {folder}"]
+
+
+def choices(chosen: dict[str, Choice]) -> list[str]:
+    """Lines that give the settings chosen by rule, each with its reason."""
+    return [f"{key}: {choice.value} ({choice.reason})" for key, choice in chosen.items()]
 
 
 def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> list[str]:

@@ -2,27 +2,33 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan
+from fine_tune.data.checks import check_numbers, listed_sources, rows_per_split
+from fine_tune.data.choices import LENGTH_LIMIT, choose
 from fine_tune.data.collate import SFTCollator
 from fine_tune.data.encode import AssistantTurns, Truncation
+from fine_tune.data.encode_rows import column, token_counts
 from fine_tune.data.formats import FormatName
-from fine_tune.data.prepare import Options, PreparedData, prepare
+from fine_tune.data.options import EmptyCompletions, Options, Split
+from fine_tune.data.prepare import PreparedData, prepare
 from fine_tune.data.sources import Source
-from fine_tune.data.split import SPLITS, check_split
+from fine_tune.data.split import check_split
 from fine_tune.data.steps import StepLoader, StepSampler, evaluation_batches, rows_per_epoch
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
 
-DEFAULT_MAX_LENGTH = 1024
+SEALED = (
+    "the test split is sealed while a model is trained; it is opened by test, and by fit --test_at_end true after the "
+    "last step"
+)
 
 
 class SFTData(LightningDataModule):
@@ -37,14 +43,21 @@ class SFTData(LightningDataModule):
         completion: Template of the completion, like ``" {answer}"``. It carries loss, and so does the stop token.
         split: Ratios ``{train: 0.8, validation: 0.1, test: 0.1}`` by a hash of the prompt (the default for data
             without splits), row counts ``{validation: 500, test: 500}``, ``existing``, or ``none`` (all rows train).
-        batch_size: Rows per optimizer step, over all ranks.
+        group_by: Field whose equal values stay on one side of a split, like a conversation's id. None: the prompt.
+        stratify_by: Field whose values get the same share in every split, like a topic; sizes are exact then.
+        batch_size: Rows per optimizer step, over all ranks. None: 8, or more for very long rows.
         max_tokens_per_micro_batch: Padded tokens per forward pass on one device: lower it when memory is short, the
-            result stays the same. None: the whole step at once.
-        max_length: Tokens a row may have. None: 1024, or the model's positions if it has fewer.
+            result stays the same. None: 8 rows of ``max_length``, fewer for long rows.
+        max_length: Tokens a row may have. None: the longest training row up to a multiple of 128, within the model's
+            positions and 32,768.
         truncation: Longer rows: ``prompt_left`` cuts the prompt's beginning, ``completion_right`` the end, ``drop``
             leaves them out. Counted and printed.
         assistant_turns: Which assistant turns of a conversation carry loss: all, or the last.
         epochs: Passes over the training rows. None: 1, or as many as ``trainer.max_steps`` takes.
+        near_duplicates: Jaccard similarity of word pairs from which two rows are near-duplicates, searched between and
+            within splits. 1: only those with the same words.
+        drop_leaked: Leave training rows out that stand, exactly or nearly, in validation or test.
+        empty_completions: Rows without an answer: ``error`` refuses them, ``drop`` leaves them out.
         max_rows: At most so many rows per split (the first ones): ``{train: 5000}`` or one number for all.
         eval_batch_size: Rows per validation or test batch; the result does not depend on it. None: ``batch_size``.
         num_workers: Processes that prepare batches ahead, per device.
@@ -62,13 +75,18 @@ class SFTData(LightningDataModule):
         format: FormatName | None = None,
         prompt: str | None = None,
         completion: str | None = None,
-        split: Literal["existing", "none"] | dict[str, float] | None = None,
-        batch_size: int = 8,
+        split: Split | None = None,
+        group_by: str | None = None,
+        stratify_by: str | None = None,
+        batch_size: int | None = None,
         max_tokens_per_micro_batch: int | None = None,
         max_length: int | None = None,
         truncation: Truncation = "prompt_left",
         assistant_turns: AssistantTurns = "all",
         epochs: int | None = None,
+        near_duplicates: float = 0.7,
+        drop_leaked: bool = False,
+        empty_completions: EmptyCompletions = "error",
         max_rows: int | dict[str, int] | None = None,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -79,47 +97,40 @@ class SFTData(LightningDataModule):
         tokenizer_revision: str | None = None,
     ) -> None:
         super().__init__()
-        self.sources = _sources(path, sources, format, prompt, completion, revision)
-        _check_sizes(
-            {
-                "batch_size": batch_size,
-                "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
-                "max_length": max_length,
-                "epochs": epochs,
-                "eval_batch_size": eval_batch_size,
-            }
-        )
-        if num_workers < 0 or not 0 <= seed < 2**63:
-            raise UserError(
-                f"data: num_workers {num_workers} and seed {seed} must not be negative, nor the seed above 2^63"
-            )
+        self.sources = listed_sources(path, sources, format, prompt, completion, revision)
+        sizes = {
+            "batch_size": batch_size,
+            "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
+            "max_length": max_length,
+            "epochs": epochs,
+            "eval_batch_size": eval_batch_size,
+        }
+        check_numbers(sizes, num_workers=num_workers, seed=seed, near_duplicates=near_duplicates)
         if isinstance(split, dict):
             check_split(split)
-        limits = (
-            {name: max_rows for name in SPLITS}
-            if isinstance(max_rows, int)
-            else dict(max_rows or {})
-        )
-        if any(name not in SPLITS or limit < 1 for name, limit in limits.items()):
-            raise UserError(
-                f"data.max_rows: {max_rows}; give a number above 0, or one for each of {', '.join(SPLITS)}"
-            )
         self.options = Options(
-            max_length=max_length or DEFAULT_MAX_LENGTH,
+            max_length=max_length,
+            length_cap=LENGTH_LIMIT,
             truncation=truncation,
             assistant_turns=assistant_turns,
             split=split,
-            max_rows=limits,
+            group_by=group_by,
+            stratify_by=stratify_by,
+            max_rows=rows_per_split(max_rows),
+            empty_completions=empty_completions,
+            near_duplicates=near_duplicates,
+            drop_leaked=drop_leaked,
         )
-        self.max_length = max_length
         self.batch_size, self.max_tokens_per_micro_batch = batch_size, max_tokens_per_micro_batch
-        self.epochs, self.eval_batch_size = epochs, eval_batch_size or batch_size
+        self.epochs, self.eval_batch_size = epochs, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.cache_dir = Path(cache_dir or "lightning_logs/.cache")
         self.tokenizer_source, self.tokenizer_revision = tokenizer, tokenizer_revision
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._prepared: PreparedData | None = None
         self._plan: DataPlan | None = None
+        self._test_rows: Dataset | None = None
+        self._fitting = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -140,14 +151,36 @@ class SFTData(LightningDataModule):
         assert self._plan is not None, "the plan is made in setup()"
         return self._plan
 
+    @property
+    def prepared(self) -> PreparedData:
+        """The rows and what preparation found out about them."""
+        self.prepare_data()
+        assert self._prepared is not None
+        return self._prepared
+
     def prepare_data(self) -> None:
         """Read, split and tokenize, or open the cache: before weights load and before processes start."""
         if self._prepared is None:
             self._prepared = prepare(self.sources, self.tokenizer, self.options, self.cache_dir)
 
     def setup(self, stage: str) -> None:
-        """Plan the steps; ``trainer.max_steps`` cuts the epochs short."""
+        """Plan the steps (``trainer.max_steps`` cuts the epochs short); for ``test``, open the sealed test split.
+
+        Raises:
+            UserError: The test split was asked for while training goes on.
+        """
         self._plan = self.make_plan(self.trainer.max_steps if self.trainer is not None else -1)
+        if stage == "test":
+            if self._fitting:
+                raise UserError(f"data: {SEALED}")
+            self._test_rows = self.prepared.open_test() if self.prepared.test_folder else None
+        self._fitting = self._fitting or stage == "fit"
+
+    def teardown(self, stage: str) -> None:
+        """Close the test split again; fit's last step is behind when it comes here."""
+        self._test_rows = None
+        if stage == "fit":
+            self._fitting = False
 
     def make_plan(self, max_steps: int = -1) -> DataPlan:
         """Count what the run will see and how many steps it takes.
@@ -155,28 +188,30 @@ class SFTData(LightningDataModule):
         Args:
             max_steps: The trainer's limit; -1 for none.
         """
-        self.prepare_data()
-        assert self._prepared is not None
-        rows = self._prepared.rows
-        steps_per_epoch = -(-rows_per_epoch(_column(rows["train"], "weight")) // self.batch_size)
+        prepared, counts = self.prepared, self.prepared.facts["splits"]
+        cap = self.options.length_cap
+        choices = choose(self.lengths("train"), max_length=prepared.max_length, length_cap=cap)
+        batch_size = self.batch_size or choices["data.batch_size"].value
+        rows_of_epoch = rows_per_epoch(column(prepared.rows["train"], "weight"))
+        steps_per_epoch = -(-rows_of_epoch // batch_size)
         epochs = self.epochs or (1 if max_steps < 0 else -(-max_steps // steps_per_epoch))
         planned_steps = epochs * steps_per_epoch
-        lengths = {split: self.lengths(split) for split in rows}
         return DataPlan(
-            num_rows={split: len(part) for split, part in rows.items()},
-            num_tokens={split: int(of_rows.sum()) for split, of_rows in lengths.items()},
-            num_supervised={
-                split: int(_column(part, "num_supervised").sum()) for split, part in rows.items()
-            },
-            longest_row={split: int(of_rows.max()) for split, of_rows in lengths.items()},
-            max_length=self.options.max_length,
-            batch_size=self.batch_size,
-            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            num_rows={split: of_split["num_rows"] for split, of_split in counts.items()},
+            num_tokens={split: of_split["num_tokens"] for split, of_split in counts.items()},
+            num_supervised={s: of_split["num_supervised"] for s, of_split in counts.items()},
+            longest_row={split: of_split["longest_row"] for split, of_split in counts.items()},
+            max_length=prepared.max_length,
+            batch_size=batch_size,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch
+            or choices["data.max_tokens_per_micro_batch"].value,
             steps_per_epoch=steps_per_epoch,
             num_steps=planned_steps if max_steps < 0 else min(planned_steps, max_steps),
             planned_steps=planned_steps,
-            largest_token_id=max(_largest_id(part) for part in rows.values()),
-            notes=list(self._prepared.notes),
+            largest_token_id=max(of_split["largest_token_id"] for of_split in counts.values()),
+            test_hash=prepared.facts["test_hash"],
+            choices=choices,
+            notes=prepared.facts["notes"] + ["tokens from the cache"] * prepared.cached,
         )
 
     def cap_length(self, positions: int | None) -> None:
@@ -187,37 +222,40 @@ class SFTData(LightningDataModule):
         """
         if positions is None or self._prepared is not None:
             return
-        if self.max_length is not None and self.max_length > positions:
+        asked = self.options.max_length
+        if asked is not None and asked > positions:
             raise UserError(
-                f"data.max_length: {self.max_length} is more than the model's {positions} positions; "
+                f"data.max_length: {asked} is more than the model's {positions} positions; "
                 f"set --data.max_length {positions} or less"
             )
-        self.options = replace(self.options, max_length=min(self.options.max_length, positions))
+        self.options = replace(self.options, length_cap=min(LENGTH_LIMIT, positions))
 
     def rows(self, split: str) -> Dataset:
         """Return the encoded rows of a split (``input_ids``, ``labels``, ``row_id`` ...).
 
         Raises:
-            UserError: The run has no such split.
+            UserError: The run has no such split, or it is the test split and nobody is testing.
         """
-        self.prepare_data()
-        assert self._prepared is not None
-        if split not in self._prepared.rows:
-            have = ", ".join(self._prepared.rows)
+        if split not in self.prepared.facts["splits"]:
+            have = ", ".join(self.prepared.facts["splits"])
             raise UserError(
                 f"data.split: there is no {split} split (the data has {have}), so there is nothing to {split}"
             )
-        return self._prepared.rows[split]
+        if split != "test":
+            return self.prepared.rows[split]
+        if self._test_rows is None:
+            raise UserError(f"data: {SEALED}")
+        return self._test_rows
 
     def lengths(self, split: str) -> np.ndarray:
         """Return the number of tokens of each row of a split."""
-        return pc.list_value_length(self.rows(split).data.column("input_ids")).to_numpy()
+        return token_counts(self.rows(split))
 
     def train_dataloader(self) -> StepLoader:
         rows = self.rows("train")
         sampler = StepSampler(
-            _column(rows, "weight"),
-            batch_size=self.batch_size,
+            column(rows, "weight"),
+            batch_size=self.plan.batch_size,
             num_steps=self.plan.num_steps,
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
@@ -234,7 +272,7 @@ class SFTData(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         batches = evaluation_batches(
             self.lengths(split),
-            self.eval_batch_size,
+            self.eval_batch_size or self.plan.batch_size,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
         )
@@ -251,48 +289,3 @@ class SFTData(LightningDataModule):
 
 def _view(rows: Dataset) -> Dataset:
     return rows.select_columns(["input_ids", "labels", "row_id"]).with_format("numpy")
-
-
-def _column(rows: Dataset, name: str) -> np.ndarray:
-    return rows.data.column(name).to_numpy()
-
-
-def _largest_id(rows: Dataset) -> int:
-    return int(pc.max(pc.list_flatten(rows.data.column("input_ids"))).as_py())
-
-
-def _sources(
-    path: str | dict[str, str] | None,
-    sources: list[Source] | None,
-    format: FormatName | None,
-    prompt: str | None,
-    completion: str | None,
-    revision: str | None,
-) -> list[Source]:
-    if (path is None) == (sources is None):
-        given = "both" if path is not None else "neither"
-        raise UserError(f"data.path, data.sources: give one of them, {given} given")
-    if path is not None:
-        return [
-            Source(path, format=format, prompt=prompt, completion=completion, revision=revision)
-        ]
-    if format is not None or prompt is not None or completion is not None or revision is not None:
-        raise UserError(
-            "data.format, data.prompt, data.completion, data.revision: with data.sources, set them per source"
-        )
-    if not sources:
-        raise UserError("data.sources: the list is empty")
-    wrong = [source.label for source in sources if not 0 < source.weight < float("inf")]
-    if wrong:
-        raise UserError(f"data.sources: the weight of {', '.join(wrong)} must be above 0")
-    return sources
-
-
-def _check_sizes(sizes: dict[str, int | None]) -> None:
-    problems = [
-        f"data.{key}: must be at least 1, got {size}"
-        for key, size in sizes.items()
-        if size is not None and size < 1
-    ]
-    if problems:
-        raise UserError(*problems)

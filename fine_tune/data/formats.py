@@ -38,6 +38,10 @@ class RowError(Exception):
     """A row that does not have what its format wants; the caller adds the file and the row's number."""
 
 
+class EmptyCompletion(RowError):
+    """A row with nothing to learn: refused, or left out and counted, as ``data.empty_completions`` says."""
+
+
 def detect_format(columns: list[str], templates: Templates, where: str) -> FormatName:
     """Name the format of a source from its templates and columns.
 
@@ -96,14 +100,16 @@ def check_templates(templates: Templates, columns: list[str], where: str) -> Non
 
 def prompt_completion(row: Row, templates: Templates) -> Example:
     """``prompt`` and ``completion`` as fields, or as templates over any fields."""
-    prompt = _fill(templates.prompt, row) if templates.prompt is not None else _text(row, "prompt")
+    prompt = (
+        _fill(templates.prompt, row) if templates.prompt is not None else field_text(row, "prompt")
+    )
     completion = (
         _fill(templates.completion, row)
         if templates.completion is not None
-        else _text(row, "completion")
+        else field_text(row, "completion")
     )
     if not completion.strip():
-        raise RowError("the completion is empty")
+        raise EmptyCompletion("the completion is empty")
     return {"prompt": prompt, "completion": completion}
 
 
@@ -121,18 +127,19 @@ def messages(row: Row, _: Templates) -> Example:
             )
     turns = _without_nulls(turns)
     check_roles([str(turn["role"]) for turn in turns])
+    _refuse_empty_answers(turns)
     return {"messages": turns, "tools": _tools(row.get("tools"))}
 
 
 def alpaca(row: Row, _: Templates) -> Example:
     """``instruction``, optional ``input``, ``output``: Stanford Alpaca's published prompts."""
     instruction, given, output = (
-        _text(row, "instruction"),
+        field_text(row, "instruction"),
         row.get("input") or "",
-        _text(row, "output"),
+        field_text(row, "output"),
     )
     if not output.strip():
-        raise RowError("the output is empty")
+        raise EmptyCompletion("the output is empty")
     if given:
         prompt = (
             "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -169,14 +176,15 @@ def sharegpt(row: Row, _: Templates) -> Example:
             )
         turns.append({"role": roles[turn["from"]], "content": turn["value"]})
     check_roles([turn["role"] for turn in turns])
+    _refuse_empty_answers(turns)
     return {"messages": turns, "tools": None}
 
 
 def text(row: Row, _: Templates) -> Example:
     """``text``: every token is learned."""
-    value = _text(row, "text")
+    value = field_text(row, "text")
     if not value.strip():
-        raise RowError("the text is empty")
+        raise EmptyCompletion("the text is empty")
     return {"text": value}
 
 
@@ -187,6 +195,20 @@ FORMATS: dict[FormatName, Callable[[Row, Templates], Example]] = {
     "sharegpt": sharegpt,
     "text": text,
 }
+
+
+def field_text(row: Row, name: str) -> str:
+    """Return a field that must be a text or a number, as text."""
+    if name not in row:
+        raise RowError(
+            f"the field '{name}' is missing; the row has {sorted(row)}{nearest(name, list(row))}"
+        )
+    value = row[name]
+    if value is None:
+        raise RowError(f"the field '{name}' is null; a text is wanted")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(f"the field '{name}' must be a text or a number, got {_short(value)}")
+    return str(value)
 
 
 def check_roles(roles: list[str]) -> None:
@@ -227,26 +249,19 @@ def _template_fields(template: str, key: str) -> list[str]:
     return names
 
 
+def _refuse_empty_answers(turns: list[dict[str, Any]]) -> None:
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    if not any(str(a.get("content") or "").strip() or a.get("tool_calls") for a in answers):
+        raise EmptyCompletion("every assistant turn is empty")
+
+
 def _fill(template: str, row: Row) -> str:
     parts = []
     for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)
         if name is not None:
-            parts.append(_text(row, name))
+            parts.append(field_text(row, name))
     return "".join(parts)
-
-
-def _text(row: Row, name: str) -> str:
-    if name not in row:
-        raise RowError(
-            f"the field '{name}' is missing; the row has {sorted(row)}{nearest(name, list(row))}"
-        )
-    value = row[name]
-    if value is None:
-        raise RowError(f"the field '{name}' is null; a text is wanted")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError(f"the field '{name}' must be a text or a number, got {_short(value)}")
-    return str(value)
 
 
 def _list(row: Row, name: str) -> list[Any]:

@@ -1,87 +1,120 @@
 """Which rows of which source go to which split, before anything is tokenized."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset
 
+from fine_tune.data.content import own_words
 from fine_tune.data.files import fields_of, rows_of
 from fine_tune.data.formats import (
-    FORMATS,
-    Example,
+    EmptyCompletion,
     FormatName,
+    Row,
     RowError,
     check_templates,
     detect_format,
 )
+from fine_tune.data.options import Options, Split
 from fine_tune.data.sources import ALL, Source, locate_row
-from fine_tune.data.split import DEFAULT_RATIOS, SPLITS, assign_splits, group_hash
-from fine_tune.errors import UserError
+from fine_tune.data.split import (
+    DEFAULT_RATIOS,
+    SPLITS,
+    assign_splits,
+    group_hash,
+    is_counts,
+    recommended_ratios,
+)
+from fine_tune.errors import UserError, nearest
 
 MAX_ROW_ERRORS = 10
-Split = str | dict[str, float] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Rows of one source that go to one split.
 
     ``positions`` are their places in the split ``found_in`` of the source; ``first_id`` is that split's first row id.
+    ``groups`` and ``prompts`` are hashes of what keeps rows together; ``strata`` the values rows are stratified by.
     """
 
     source: Source
+    format_name: FormatName
     split: str
     found_in: str
     rows: Dataset
     positions: np.ndarray
     first_id: int
-    hashes: np.ndarray
+    groups: np.ndarray
+    prompts: np.ndarray
+    strata: np.ndarray
+
+    @property
+    def row_ids(self) -> np.ndarray:
+        return self.first_id + self.positions
+
+    def take(self, kept: np.ndarray, split: str | None = None) -> "Part":
+        """Return these rows of the part, for a split of another name if one is given."""
+        return replace(
+            self,
+            split=split or self.split,
+            rows=self.rows.select(kept),
+            positions=self.positions[kept],
+            groups=self.groups[kept],
+            prompts=self.prompts[kept],
+            strata=self.strata[kept],
+        )
 
 
-def split_sources(
-    found: list[tuple[Source, dict[str, Dataset]]], split: Split, max_rows: dict[str, int]
-) -> list[Part]:
-    """Split the rows of all sources together, so that no prompt stands on two sides.
+@dataclass(frozen=True)
+class SplitRows:
+    """All rows, split; how many were left out for an empty completion; lines the user should read."""
+
+    parts: list[Part]
+    num_empty: int
+    notes: list[str]
+
+
+def split_sources(found: list[tuple[Source, dict[str, Dataset]]], options: Options) -> SplitRows:
+    """Split the rows of all sources together, so that no group stands on two sides.
 
     Args:
         found: Each source with its rows, under ``"all"`` or its own splits.
-        split: Ratios, row counts, ``existing``, ``none``, or None: existing splits where there are, else ratios.
-        max_rows: At most so many rows of a source per split, the first ones.
+        options: How to split: ratios, row counts, ``existing``, ``none``, or None (existing splits where there are,
+            else ratios); what keeps rows together; how many rows of a source a split may have.
 
     Raises:
         UserError: The data does not have what ``split`` asks for, or a row cannot be read.
     """
+    read, first_id, num_empty = [], 0, 0
     for source, tables in found:
-        _check_found(source, tables, split)
-    listed = [(s, name, rows) for s, parts in found for name, rows in parts.items()]
-    hashes = [_group_hashes(rows, source, name) for source, name, rows in listed]
-    sizes = split if isinstance(split, dict) else DEFAULT_RATIOS
-    to_split = [name == ALL and split != "none" for _, name, _ in listed]
-    pooled = [h for h, wanted in zip(hashes, to_split, strict=True) if wanted]
-    sides = assign_splits(np.concatenate(pooled), sizes) if pooled else np.empty(0, dtype=np.int8)
-    wanted_splits = [s for s in SPLITS if s == "train" or sizes.get(s, 0) > 0]
-    parts, first_id, start = [], 0, 0
-    for (source, name, rows), row_hashes, hashed in zip(listed, hashes, to_split, strict=True):
-        if hashed:
-            mine = sides[start : start + len(rows)]
-            start += len(rows)
-            places = {s: np.flatnonzero(mine == SPLITS.index(s)) for s in wanted_splits}
+        _check_found(source, tables, options.split)
+        for name, rows in tables.items():
+            read.append(_read_part(rows, source, name, first_id, options))
+            num_empty += len(rows) - len(read[-1].rows)
+            first_id += len(rows)
+    to_split = [p for p in read if p.found_in == ALL and options.split != "none"]
+    sizes = options.split if isinstance(options.split, dict) else DEFAULT_RATIOS
+    wanted = [s for s in SPLITS if s == "train" or sizes.get(s, 0) > 0]
+    sides = iter(_sides(to_split, sizes, options.stratify_by is not None))
+    parts = []
+    for part in read:
+        if part in to_split:
+            mine = next(sides)
+            parts += [part.take(np.flatnonzero(mine == SPLITS.index(s)), s) for s in wanted]
         else:
-            places = {"train" if split == "none" else name: np.arange(len(rows))}
-        for split_name, positions in places.items():
-            kept = positions[: max_rows.get(split_name, len(positions))]
-            parts.append(
-                Part(source, split_name, name, rows.select(kept), kept, first_id, row_hashes[kept])
-            )
-        first_id += len(rows)
-    return parts
+            parts.append(replace(part, split="train" if options.split == "none" else part.found_in))
+    limited = [
+        p.take(np.arange(min(len(p.rows), options.max_rows.get(p.split, len(p.rows)))))
+        for p in parts
+    ]
+    return SplitRows(limited, num_empty, _notes(to_split, options, num_empty))
 
 
 def shared_prompts(parts: list[Part]) -> list[str]:
-    """Say which splits share prompts: possible where the data came with splits of its own."""
+    """Say which splits share prompts: possible where the data came with splits or groups of its own."""
     by_split = {
-        s: np.unique(np.concatenate([p.hashes for p in parts if p.split == s]))
+        s: np.unique(np.concatenate([p.prompts for p in parts if p.split == s]))
         for s in SPLITS
         if any(p.split == s for p in parts)
     }
@@ -98,14 +131,95 @@ def shared_prompts(parts: list[Part]) -> list[str]:
     return notes
 
 
-def format_of(rows: Dataset, source: Source) -> FormatName:
-    """Name the format of a source's rows, its templates checked against their fields."""
+def field_value(row: Row, name: str) -> str:
+    """Return a field that rows are grouped or stratified by, as text.
+
+    Raises:
+        RowError: The row has no such field, or null in it.
+    """
+    if name not in row:
+        raise RowError(f"the field '{name}' is missing; the row has {sorted(row)}")
+    if row[name] is None:
+        raise RowError(f"the field '{name}' is null; every row needs a value to be split by")
+    return str(row[name])
+
+
+def _read_part(
+    rows: Dataset, source: Source, found_in: str, first_id: int, options: Options
+) -> Part:
+    format_name = _format_of(rows, source)
+    _check_fields(rows, source, options)
+    positions: list[int] = []
+    groups, prompts, strata, errors = [], [], [], []
+    for start in range(0, len(rows), 1000):
+        for i, row in enumerate(rows_of(rows[start : start + 1000]), start=start):
+            try:
+                asked, answered = own_words(row, format_name, source.templates)
+                prompt = asked if asked.strip() else answered
+                group = field_value(row, options.group_by) if options.group_by else prompt
+                strata.append(field_value(row, options.stratify_by) if options.stratify_by else "")
+            except RowError as error:
+                if isinstance(error, EmptyCompletion) and options.empty_completions == "drop":
+                    continue
+                errors.append(f"{locate_row(source, found_in, i)}: {error}{_hint(error)}")
+                if len(errors) == MAX_ROW_ERRORS:
+                    raise UserError(*errors) from error
+                continue
+            positions.append(i)
+            groups.append(group_hash(group))
+            prompts.append(group_hash(prompt))
+    if errors:
+        raise UserError(*errors)
+    return Part(
+        source,
+        format_name,
+        found_in,
+        found_in,
+        rows.select(positions) if len(positions) < len(rows) else rows,
+        np.array(positions, dtype=np.int64),
+        first_id,
+        np.array(groups, dtype=np.uint64),
+        np.array(prompts, dtype=np.uint64),
+        np.array(strata, dtype=np.str_),
+    )
+
+
+def _sides(parts: list[Part], sizes: dict[str, float], stratified: bool) -> list[np.ndarray]:
+    if not parts:
+        return []
+    strata = np.concatenate([part.strata for part in parts]) if stratified else None
+    sides = assign_splits(np.concatenate([part.groups for part in parts]), sizes, strata)
+    return np.split(sides, np.cumsum([len(part.rows) for part in parts])[:-1])
+
+
+def _notes(to_split: list[Part], options: Options, num_empty: int) -> list[str]:
+    notes = []
+    if num_empty:
+        notes.append(f"{num_empty:,} rows with an empty completion left out")
+    by_field = [key for key in ("group_by", "stratify_by") if getattr(options, key)]
+    if not to_split:
+        notes += [f"WARNING: data.{key} has no effect: no rows are split here" for key in by_field]
+        return notes
+    num_rows = sum(len(part.rows) for part in to_split)
+    recommended = recommended_ratios(num_rows)
+    if options.split is None and recommended != DEFAULT_RATIOS:
+        shown = ", ".join(f"{name}: {share:g}" for name, share in recommended.items())
+        size = "fewer than 10,000" if num_rows < 10_000 else "more than 100,000"
+        notes.append(f"recommended for {size} rows: --data.split '{{{shown}}}'")
+    exact = isinstance(options.split, dict) and is_counts(options.split)
+    if exact or options.stratify_by:
+        how = "row counts" if exact else "strata"
+        notes.append(f"split by {how}: sizes are exact, but adding rows may move boundary rows")
+    return notes
+
+
+def _format_of(rows: Dataset, source: Source) -> FormatName:
     fields = fields_of(rows)
     check_templates(source.templates, fields, source.label)
     return detect_format(fields, source.templates, source.label)
 
 
-def _check_found(source: Source, tables: dict[str, Dataset], split: Split) -> None:
+def _check_found(source: Source, tables: dict[str, Dataset], split: Split | None) -> None:
     existing = ALL not in tables
     if split == "existing" and not {"train", "validation"} <= set(tables):
         raise UserError(
@@ -119,26 +233,20 @@ def _check_found(source: Source, tables: dict[str, Dataset], split: Split) -> No
         )
 
 
-def _group_hashes(rows: Dataset, source: Source, found_in: str) -> np.ndarray:
-    to_example = FORMATS[format_of(rows, source)]
-    hashes = np.empty(len(rows), dtype=np.uint64)
-    errors: list[str] = []
-    for start in range(0, len(rows), 1000):
-        for i, row in enumerate(rows_of(rows[start : start + 1000]), start=start):
-            try:
-                hashes[i] = group_hash(_prompt_text(to_example(row, source.templates)))
-            except RowError as error:
-                errors.append(f"{locate_row(source, found_in, i)}: {error}")
-                if len(errors) == MAX_ROW_ERRORS:
-                    raise UserError(*errors) from error
-    if errors:
-        raise UserError(*errors)
-    return hashes
+def _check_fields(rows: Dataset, source: Source, options: Options) -> None:
+    fields = fields_of(rows)
+    problems = [
+        f"data.{key}: {source.label} has no field '{name}', it has {sorted(fields)}{nearest(name, fields)}"
+        for key, name in (("group_by", options.group_by), ("stratify_by", options.stratify_by))
+        if name is not None and name not in fields
+    ]
+    if problems:
+        raise UserError(*problems)
 
 
-def _prompt_text(example: Example) -> str:
-    if "messages" in example:
-        turns = example["messages"]
-        first_answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        return json.dumps(turns[:first_answer], ensure_ascii=False, sort_keys=True)
-    return example["text"] if "text" in example else example["prompt"]
+def _hint(error: RowError) -> str:
+    return (
+        "; leave such rows out with --data.empty_completions drop"
+        if isinstance(error, EmptyCompletion)
+        else ""
+    )

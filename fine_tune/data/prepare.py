@@ -2,67 +2,60 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
-import sys
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets import Dataset, Features, Value, concatenate_datasets, load_from_disk
+import pyarrow.compute as pc
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.data.encode import AssistantTurns, Encoder, Truncation
-from fine_tune.data.files import rows_of
-from fine_tune.data.formats import FORMATS, RowError
-from fine_tune.data.parts import MAX_ROW_ERRORS, Part, format_of, shared_prompts, split_sources
-from fine_tune.data.sources import Source, fingerprint, locate_row, read_source
+from fine_tune.data.audit import audit, drift_notes
+from fine_tune.data.choices import longest_up_to_128
+from fine_tune.data.encode import Encoder
+from fine_tune.data.encode_rows import column, encode_part, token_counts
+from fine_tune.data.leakage import find_leakage, leakage_notes
+from fine_tune.data.options import Options
+from fine_tune.data.parts import Part, shared_prompts, split_sources
+from fine_tune.data.sealed import open_sealed, seal, test_rows_hash
+from fine_tune.data.sources import Source, fingerprint, read_source
 from fine_tune.data.split import SPLITS
 from fine_tune.errors import UserError
-from fine_tune.losses import num_supervised_targets
 
-log = logging.getLogger("fine_tune")
 ENCODING_VERSION = (
-    1  # part of the cache key: raise it when the same input gives other tokens or other splits
+    2  # part of the cache's key: raise it when the same input gives other tokens or other splits
 )
-_INT_LIST = datasets.List(Value("int32"))
-FEATURES = Features(
-    {
-        "input_ids": _INT_LIST,
-        "labels": _INT_LIST,
-        "row_id": Value("int64"),
-        "weight": Value("float64"),
-        "num_supervised": Value("int32"),
-        "num_cut": Value("int32"),
-        "num_supervised_cut": Value("int32"),
-    }
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """All that decides which tokens a row gets and where it goes, beside the data and the tokenizer."""
-
-    max_length: int
-    truncation: Truncation
-    assistant_turns: AssistantTurns
-    split: str | dict[str, float] | None
-    max_rows: dict[str, int]
 
 
 @dataclass
 class PreparedData:
-    """Encoded rows per split, and one line per thing the user should know of them."""
+    """What preparation leaves behind.
+
+    Args:
+        rows: Encoded rows of train and validation.
+        facts: Counts per split (``splits``), the ``audit``, lines the user should read (``notes``), and of the sealed
+            test split its ``test_hash`` and ``test_digest``.
+        test_folder: Where the sealed test split lies; None without one.
+        max_length: The one in force.
+        cached: Whether an earlier run had prepared it.
+    """
 
     rows: dict[str, Dataset]
-    notes: list[str]
-    folder: Path
+    facts: dict[str, Any]
+    test_folder: Path | None
+    max_length: int
+    cached: bool = True
+
+    def open_test(self) -> Dataset:
+        """Open the sealed test split."""
+        assert self.test_folder is not None
+        return open_sealed(self.test_folder, self.facts["test_digest"])
 
 
 def prepare(
@@ -80,23 +73,27 @@ def prepare(
         UserError: Everything wrong with the data that can be told at once.
     """
     datasets.disable_progress_bars()
-    key = _cache_key(sources, tokenizer, options)
-    folder = cache_dir / "tokens" / key
+    tokens = cache_dir / "tokens"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        tokens.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"data.cache_dir: '{folder.parent}' cannot be made: {error.strerror}"
-        ) from error
-    with FileLock(f"{folder}.lock"):
-        cached = folder.is_dir()
-        if not cached:
-            _prepare(sources, tokenizer, options, cache_dir, folder)
-    rows = {
-        split: load_from_disk(str(folder / split)) for split in SPLITS if (folder / split).is_dir()
-    }
-    notes = json.loads((folder / "notes.json").read_text())
-    return PreparedData(rows, [*notes, *(["tokens from the cache"] if cached else [])], folder)
+        raise UserError(f"data.cache_dir: '{tokens}' cannot be made: {error.strerror}") from error
+    keys = _Keys(sources, tokenizer)
+    chosen = tokens / f"{keys.of(options)}.max_length"  # what the longest training row came to
+    with FileLock(tokens / f"{keys.of(options)}.lock"):
+        if options.max_length is None and chosen.is_file():
+            options = replace(options, max_length=int(chosen.read_text()))
+        prepared = _open(cache_dir, keys.of(options), options)
+        if prepared is not None:
+            return prepared
+        max_length = _prepare(sources, tokenizer, options, cache_dir, keys)
+        if options.max_length is None:
+            chosen.write_text(str(max_length))
+        options = replace(options, max_length=max_length)
+        prepared = _open(cache_dir, keys.of(options), options)
+        assert prepared is not None
+        prepared.cached = False
+        return prepared
 
 
 def _prepare(
@@ -104,45 +101,112 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     options: Options,
     cache_dir: Path,
-    folder: Path,
-) -> None:
-    encoder = Encoder(
-        tokenizer,
-        max_length=options.max_length,
-        truncation=options.truncation,
-        assistant_turns=options.assistant_turns,
-    )
+    keys: "_Keys",
+) -> int:
     with TemporaryDirectory(dir=cache_dir, prefix=".reading-") as scratch:  # no cache but ours
         found = [(source, read_source(source, Path(scratch))) for source in sources]
-        parts = split_sources(found, options.split, options.max_rows)
+        split = split_sources(found, options)
+        parts, notes = split.parts, split.notes + shared_prompts(split.parts)
         if not any(part.split == "train" for part in parts):
             raise UserError(f"data.path: no train split, only {', '.join(p.split for p in parts)}")
-        names = [split for split in SPLITS if any(part.split == split for part in parts)]
-        _refuse_empty({s: sum(len(part.rows) for part in parts if part.split == s) for s in names})
-        encoded = {
-            split: concatenate_datasets(
-                [_encode_part(p, encoder) for p in parts if p.split == split]
-            )
-            for split in names
+        _refuse_empty(_num_rows(parts))
+        leakage, leaked = find_leakage(parts, options.near_duplicates)
+        if options.drop_leaked:
+            parts = [_without(part, leaked) if part.split == "train" else part for part in parts]
+            leakage.dropped_from_train = len(leaked)
+            _refuse_empty(_num_rows(parts))
+        encoded, max_length = _encode(parts, tokenizer, options)
+        options = replace(options, max_length=max_length)
+        found_out = audit(encoded, parts, leakage, split.num_empty)
+        notes += [*leakage_notes(leakage), *drift_notes(found_out["drift"])]
+        notes += _truncation_notes(encoded, options)
+        rows = {
+            s: r.select(np.flatnonzero(column(r, "num_supervised"))) for s, r in encoded.items()
         }
-        _finish(encoded, shared_prompts(parts), options, folder)
+        _refuse_empty({split: len(of_split) for split, of_split in rows.items()})
+        test_hash = test_rows_hash(part for part in parts if part.split == "test")
+        facts = {
+            "notes": notes,
+            "audit": found_out,
+            "test_hash": test_hash if "test" in rows else None,
+        }
+        _write(rows, facts, cache_dir, keys.of(options))
+    return max_length
 
 
-def _finish(encoded: dict[str, Dataset], notes: list[str], options: Options, folder: Path) -> None:
-    notes = notes + [
-        note for split, rows in encoded.items() for note in _notes(split, rows, options)
-    ]
-    encoded = {
-        split: rows.select(np.flatnonzero(rows.with_format("numpy")["num_supervised"][:]))
-        for split, rows in encoded.items()
-    }
-    _refuse_empty({split: len(rows) for split, rows in encoded.items()})
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
-    for split, rows in encoded.items():
-        rows.save_to_disk(str(unfinished / split))
-    (unfinished / "notes.json").write_text(json.dumps(notes))
+def _encode(
+    parts: list[Part], tokenizer: PreTrainedTokenizerBase, options: Options
+) -> tuple[dict[str, Dataset], int]:
+    def encode(split: str, max_length: int) -> Dataset:
+        encoder = Encoder(
+            tokenizer,
+            max_length=max_length,
+            truncation=options.truncation,
+            assistant_turns=options.assistant_turns,
+        )
+        mine = [part for part in parts if part.split == split and len(part.rows)]
+        return concatenate_datasets([encode_part(part, encoder) for part in mine])
+
+    names = {part.split for part in parts}
+    train = encode("train", options.max_length or options.length_cap)
+    longest = int(token_counts(train).max())
+    max_length = options.max_length or longest_up_to_128(longest, options.length_cap)
+    return {
+        "train": train,
+        **{s: encode(s, max_length) for s in SPLITS[1:] if s in names},
+    }, max_length
+
+
+def _write(rows: dict[str, Dataset], facts: dict[str, Any], cache_dir: Path, key: str) -> None:
+    facts["splits"] = {split: _counts(of_split) for split, of_split in rows.items()}
+    if "test" in rows:
+        facts["test_digest"] = seal(rows["test"], _test_folder(cache_dir, facts["test_hash"], key))
+    folder = cache_dir / "tokens" / key
+    unfinished = folder.with_name(f"{key}.unfinished-{os.getpid()}")
+    for split, of_split in rows.items():
+        if split != "test":
+            of_split.save_to_disk(str(unfinished / split))
+    (unfinished / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def _open(cache_dir: Path, key: str, options: Options) -> PreparedData | None:
+    folder = cache_dir / "tokens" / key
+    if options.max_length is None or not (folder / "facts.json").is_file():
+        return None
+    facts = json.loads((folder / "facts.json").read_text("utf-8"))
+    test = _test_folder(cache_dir, facts["test_hash"], key) if facts["test_hash"] else None
+    refused = options.empty_completions == "error" and facts["audit"]["empty_completions"]
+    if refused or (test is not None and not test.is_dir()):
+        return None
+    rows = {s: load_from_disk(str(folder / s)) for s in SPLITS if (folder / s).is_dir()}
+    return PreparedData(rows, facts, test, options.max_length)
+
+
+def _test_folder(cache_dir: Path, test_hash: str, key: str) -> Path:
+    return cache_dir / "test_splits" / test_hash / key
+
+
+def _without(part: Part, row_ids: np.ndarray) -> Part:
+    return part.take(np.flatnonzero(~np.isin(part.row_ids, row_ids)))
+
+
+def _counts(rows: Dataset) -> dict[str, int]:
+    lengths = token_counts(rows)
+    ids = rows.with_format("arrow")["input_ids"][:]
+    return {
+        "num_rows": len(rows),
+        "num_tokens": int(lengths.sum()),
+        "num_supervised": int(column(rows, "num_supervised").sum()),
+        "longest_row": int(lengths.max()),
+        "largest_token_id": int(pc.max(pc.list_flatten(ids)).as_py()),
+    }
+
+
+def _num_rows(parts: list[Part]) -> dict[str, int]:
+    names = [split for split in SPLITS if any(part.split == split for part in parts)]
+    return {s: sum(len(part.rows) for part in parts if part.split == s) for s in names}
 
 
 def _refuse_empty(num_rows: dict[str, int]) -> None:
@@ -155,98 +219,42 @@ def _refuse_empty(num_rows: dict[str, int]) -> None:
         )
 
 
-def _encode_part(part: Part, encoder: Encoder) -> Dataset:
-    source = part.source
-    format_name = format_of(part.rows, source)
-    chat = format_name in ("messages", "sharegpt")
-    errors: list[str] = []
-
-    def where(index: int) -> str:
-        return locate_row(source, part.found_in, int(part.positions[index]))
-
-    def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        segments, kept = [], []
-        for index, row in zip(indices, rows_of(batch), strict=True):
-            try:
-                segments.append(
-                    encoder.segments(FORMATS[format_name](encoder.guard(row), source.templates))
-                )
-                kept.append(index)
-            except RowError as error:
-                errors.append(f"{where(index)}: {error}")
-                if len(errors) >= MAX_ROW_ERRORS:
-                    raise UserError(*errors) from error
-        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for row_segments, index, encoded in zip(
-            segments, kept, encoder.encode(segments, chat=chat), strict=True
-        ):
-            num_supervised = num_supervised_targets(encoded.labels) if encoded else 0
-            if encoded is not None and num_supervised == 0:
-                shown = "".join(s.text for s in row_segments)[:300]
-                raise UserError(
-                    f"{where(index)}: no token of this row carries loss within "
-                    f"data.max_length {encoder.max_length}, the prompt alone fills it; raise it, or set "
-                    f"data.truncation: prompt_left or drop. The row begins:\n{shown}"
-                )
-            columns["input_ids"].append(encoded.input_ids if encoded else [])
-            columns["labels"].append(encoded.labels if encoded else [])
-            columns["row_id"].append(part.first_id + int(part.positions[index]))
-            columns["weight"].append(source.weight)
-            columns["num_supervised"].append(num_supervised)
-            columns["num_cut"].append(encoded.num_cut if encoded else 0)
-            columns["num_supervised_cut"].append(encoded.num_supervised_cut if encoded else 0)
-        return columns
-
-    show_progress = sys.stderr.isatty() and len(part.rows) > 2000
-    (datasets.enable_progress_bars if show_progress else datasets.disable_progress_bars)()
-    encoded = part.rows.map(
-        encode_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=part.rows.column_names,
-        features=FEATURES,
-        desc=f"Tokenizing {part.split}",
-        load_from_cache_file=False,
-        keep_in_memory=False,
-        new_fingerprint=hashlib.sha256(os.urandom(16)).hexdigest()[:16],
-    )
-    datasets.disable_progress_bars()
-    if errors:
-        raise UserError(*errors)
-    return encoded
-
-
-def _notes(split: str, rows: Dataset, options: Options) -> list[str]:
-    columns = rows.with_format("numpy")
-    cut, lost, supervised = (
-        columns[name][:] for name in ("num_cut", "num_supervised_cut", "num_supervised")
-    )
-    notes = Counter(
-        {
-            f"{split}: {{}} rows truncated to {options.max_length} tokens ({options.truncation})": int(
-                (cut > 0).sum()
+def _truncation_notes(encoded: dict[str, Dataset], options: Options) -> list[str]:
+    longer = f"{options.max_length} tokens ({options.truncation})"
+    notes = []
+    for split, rows in encoded.items():
+        counts = {
+            f"{split}: {{}} rows truncated to {longer}": column(rows, "num_cut") > 0,
+            f"{split}: {{}} supervised tokens lost to truncation": column(
+                rows, "num_supervised_cut"
             ),
-            f"{split}: {{}} supervised tokens lost to truncation": int(lost.sum()),
-            f"{split}: {{}} rows left out, longer than {options.max_length} tokens ({options.truncation})": int(
-                (supervised == 0).sum()
-            ),
+            f"{split}: {{}} rows left out, longer than {longer}": column(rows, "num_supervised")
+            == 0,
         }
-    )
-    return [text.format(f"{count:,}") for text, count in notes.items() if count]
+        notes += [text.format(f"{int(n.sum()):,}") for text, n in counts.items() if n.any()]
+    return notes
 
 
-def _cache_key(sources: list[Source], tokenizer: PreTrainedTokenizerBase, options: Options) -> str:
-    tokenizer_state = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else repr(sorted(tokenizer.get_vocab().items()))
-    )
-    parts = [
-        ENCODING_VERSION,
-        [{**asdict(source), "content": fingerprint(source)} for source in sources],
-        hashlib.sha256(tokenizer_state.encode()).hexdigest(),
-        tokenizer.chat_template,
-        str(tokenizer.special_tokens_map),
-        asdict(options),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+class _Keys:
+    """The cache's keys for some data and a tokenizer."""
+
+    def __init__(self, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> None:
+        state = (
+            tokenizer.backend_tokenizer.to_str()
+            if tokenizer.is_fast
+            else repr(sorted(tokenizer.get_vocab().items()))
+        )
+        self._parts = [
+            ENCODING_VERSION,
+            [{**asdict(source), "content": fingerprint(source)} for source in sources],
+            hashlib.sha256(state.encode()).hexdigest(),
+            tokenizer.chat_template,
+            str(tokenizer.special_tokens_map),
+        ]
+
+    def of(self, options: Options) -> str:
+        options = replace(options, empty_completions="drop")  # "error" opens only what has none
+        if options.max_length is not None:
+            options = replace(options, length_cap=0)  # it decides nothing then
+        text = json.dumps([*self._parts, asdict(options)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]

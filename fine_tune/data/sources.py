@@ -103,10 +103,18 @@ def read_source(source: Source, cache_dir: Path) -> dict[str, Dataset]:
     return found
 
 
+def path_of(source: Source, split: str) -> str:
+    """Return the path or hub name that a split of a source comes from."""
+    paths = dict(_paths(source))
+    return paths.get(split) or paths[ALL]
+
+
 def locate_row(source: Source, split: str, index: int) -> str:
     """Say where row ``index`` of a split stands, as ``file:line`` where the format has lines."""
     paths = dict(_paths(source))
     path = Path(paths.get(split) or paths.get(ALL, ""))
+    if not path.exists():  # on the hub
+        return f"{source.label}: row {index + 1}"
     files = _files_of(path).get(split) or _files_of(path).get(ALL) or []
     for file in files:
         if file.suffix not in (".jsonl", ".txt"):
@@ -151,11 +159,13 @@ def _read_hub(name: str, revision: str | None, cache_dir: Path) -> dict[str, Dat
         )
     _hub_commit(name, revision)
     try:
-        return _named(load_dataset(name, revision=revision, cache_dir=str(cache_dir)))
+        found = _named(load_dataset(name, revision=revision, cache_dir=str(cache_dir)))
     except Exception as error:
         raise UserError(
             f"data.path: hub data set '{name}': {str(error).splitlines()[0]}"
         ) from error
+    # Rows that were never split are all "train" on the hub.
+    return {ALL: found["train"]} if list(found) == ["train"] else found
 
 
 def _hub_commit(name: str, revision: str | None) -> str:

@@ -32,7 +32,7 @@ def check_split(split: dict[str, float]) -> None:
         raise UserError(f"data.split: unknown split {unknown}; allowed: {', '.join(SPLITS)}")
     if any(not size >= 0 for size in split.values()):
         raise UserError(f"data.split: {split} holds a negative size")
-    if _is_counts(split):
+    if is_counts(split):
         if "train" in split:
             raise UserError(
                 "data.split: with row counts, give validation and test; all other rows train"
@@ -44,41 +44,82 @@ def check_split(split: dict[str, float]) -> None:
         )
 
 
-def assign_splits(hashes: np.ndarray, split: dict[str, float]) -> np.ndarray:
+def assign_splits(
+    hashes: np.ndarray, split: dict[str, float], strata: np.ndarray | None = None
+) -> np.ndarray:
     """Assign each row to a split.
 
-    Ratios: a threshold on the hash, stable when rows are added or reordered; sizes are approximate. Row counts: whole
-    groups with the smallest hashes fill test, then validation, without exceeding the count.
+    Ratios: a threshold on the hash, stable when rows are added or reordered; sizes are approximate. Row counts, and
+    anything with strata: whole groups with the smallest hashes fill test, then validation, without exceeding the
+    count, so sizes are exact but rows at the boundary may move when rows are added.
 
     Args:
         hashes: ``group_hash`` of each row, uint64.
         split: As in ``check_split``.
+        strata: The value of each row that every split shall hold in the same shares, or None. A group that holds
+            several values counts as its most frequent one.
 
     Returns:
         Index into ``SPLITS`` per row, int8.
     """
-    if _is_counts(split):
-        return _assign_counts(hashes, split)
-    unit = hashes.astype(np.float64) / 2.0**64
     test, validation = split.get("test", 0.0), split.get("validation", 0.0)
-    return np.where(unit < test, 2, np.where(unit < test + validation, 1, 0)).astype(np.int8)
-
-
-def _assign_counts(hashes: np.ndarray, split: dict[str, float]) -> np.ndarray:
-    assigned = np.zeros(len(hashes), dtype=np.int8)
+    if strata is None and not is_counts(split):
+        unit = hashes.astype(np.float64) / 2.0**64
+        return np.where(unit < test, 2, np.where(unit < test + validation, 1, 0)).astype(np.int8)
+    scale = 1 if is_counts(split) else len(hashes)
+    wanted = {name: round(split.get(name, 0) * scale) for name in ("test", "validation")}
     groups, group_of_row, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+    codes = _strata_of_groups(group_of_row, len(groups), strata)
     side = np.zeros(len(groups), dtype=np.int8)
-    for name in ("test", "validation"):
-        left = int(split.get(name, 0))
-        for group, size in enumerate(sizes):
-            if left <= 0:
-                break
-            if side[group] == 0 and size <= left:
-                side[group] = SPLITS.index(name)
-                left -= int(size)
-    assigned[:] = side[group_of_row]
-    return assigned
+    for name, count in wanted.items():
+        index = SPLITS.index(name)
+        rows_of_strata = np.bincount(codes, weights=sizes)
+        for stratum, quota in enumerate(_quotas(rows_of_strata, count)):
+            _fill(side, sizes, np.flatnonzero(codes == stratum), index, quota)
+        _fill(side, sizes, np.arange(len(groups)), index, count - int(sizes[side == index].sum()))
+    return side[group_of_row]
 
 
-def _is_counts(split: dict[str, float]) -> bool:
+def is_counts(split: dict[str, float]) -> bool:
+    """Whether a split gives row counts, not ratios."""
     return any(size > 1 for size in split.values())
+
+
+def recommended_ratios(num_rows: int) -> dict[str, float]:
+    """Return the ratios recommended for so many rows: more held-out rows where there are few, fewer where many."""
+    if num_rows < 10_000:
+        return {"train": 0.7, "validation": 0.15, "test": 0.15}
+    if num_rows > 100_000:
+        return {"train": 0.85, "validation": 0.1, "test": 0.05}
+    return DEFAULT_RATIOS
+
+
+def _fill(side: np.ndarray, sizes: np.ndarray, groups: np.ndarray, index: int, left: int) -> None:
+    for group in groups:
+        if left <= 0:
+            break
+        if side[group] == 0 and sizes[group] <= left:
+            side[group] = index
+            left -= int(sizes[group])
+
+
+def _strata_of_groups(
+    group_of_row: np.ndarray, num_groups: int, strata: np.ndarray | None
+) -> np.ndarray:
+    if strata is None:
+        return np.zeros(num_groups, dtype=np.int64)
+    _, codes = np.unique(strata, return_inverse=True)
+    pairs, counts = np.unique(np.stack([group_of_row, codes]), axis=1, return_counts=True)
+    most_frequent_last = np.lexsort((-pairs[1], counts, pairs[0]))
+    chosen = np.zeros(num_groups, dtype=np.int64)
+    chosen[pairs[0][most_frequent_last]] = pairs[1][most_frequent_last]
+    return chosen
+
+
+def _quotas(rows_of_strata: np.ndarray, count: int) -> list[int]:
+    # largest remainders: 10 of strata of 55, 25 and 20 rows are 5.5, 2.5 and 2.0, so 6, 2 and 2
+    exact = rows_of_strata * (count / rows_of_strata.sum())
+    quotas = np.floor(exact).astype(np.int64)
+    most_missing = np.argsort(quotas - exact, kind="stable")
+    quotas[most_missing[: count - int(quotas.sum())]] += 1
+    return [int(quota) for quota in quotas]

@@ -78,6 +78,7 @@ def test_max_rows_and_counts(rows_file: Path, tmp_path: Path) -> None:
 
 def test_splits_share_no_prompt_and_lose_no_row(rows_file: Path, tmp_path: Path) -> None:
     module = data(rows_file, tmp_path, split=None)
+    module.setup("test")
     ids = [
         row for split in ("train", "validation", "test") for row in module.rows(split)["row_id"][:]
     ]
@@ -136,6 +137,7 @@ def test_sources_are_split_together(tmp_path: Path) -> None:
         cache_dir=str(tmp_path / "cache"),
     )
     assert module.make_plan().num_rows == {"train": 90, "validation": 20, "test": 10}
+    module.setup("test")
     prompts = {
         split: {str(row["input_ids"]) for row in module.rows(split)}
         for split in ("train", "validation", "test")
@@ -157,3 +159,41 @@ def test_prompts_shared_by_the_datas_own_splits_are_told(rows_file: Path, tmp_pa
     assert (
         "WARNING: 40 prompts stand both in train and in validation" in module.make_plan().notes[0]
     )
+
+
+def test_another_wording_of_the_template_moves_nobody(rows_file: Path, tmp_path: Path) -> None:
+    first = data(rows_file, tmp_path, split=None)
+    second = data(rows_file, tmp_path, split=None, prompt="Soal: {question}\nJawab:")
+    assert first.rows("train")["row_id"][:] == second.rows("train")["row_id"][:]
+
+
+def test_rows_without_a_prompt_are_split_by_what_they_say(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "r.jsonl", [{"answer": f"jawaban {i}"} for i in range(200)])
+    plan = data(file, tmp_path, split=None, prompt="", completion="{answer}").make_plan()
+    assert plan.num_rows["train"] < 180 and plan.num_rows["test"] > 5
+
+
+def test_groups_stay_together(tmp_path: Path) -> None:
+    rows = [{"question": f"soal {i}", "answer": "b", "talk": i // 5} for i in range(200)]
+    module = data(write_rows(tmp_path / "r.jsonl", rows), tmp_path, split=None, group_by="talk")
+    module.setup("test")
+    talks = [{i // 5 for i in module.rows(split)["row_id"][:]} for split in module.plan.num_rows]
+    assert sum(map(len, talks)) == 40 == len(set.union(*talks))
+
+
+def test_strata_have_the_same_share_in_every_split(tmp_path: Path) -> None:
+    topics = ["hukum"] * 100 + ["sains"] * 60 + ["seni"] * 40
+    rows = [{"question": f"s {i}", "answer": "b", "topic": t} for i, t in enumerate(topics)]
+    file = write_rows(tmp_path / "r.jsonl", rows)
+    module = data(file, tmp_path, split={"validation": 20, "test": 20}, stratify_by="topic")
+    plan = module.make_plan()
+    assert plan.num_rows == {"train": 160, "validation": 20, "test": 20}
+    splits = module.prepared.facts["audit"]["splits"]
+    for of_split in splits.values():
+        assert of_split["strata"] == {"hukum": 0.5, "sains": 0.3, "seni": 0.2}
+    assert any("adding rows may move boundary rows" in note for note in plan.notes)
+
+
+def test_settings_without_effect_are_told(rows_file: Path, tmp_path: Path) -> None:
+    notes = data(rows_file, tmp_path, split="none", group_by="question").make_plan().notes
+    assert "WARNING: data.group_by has no effect: no rows are split here" in notes

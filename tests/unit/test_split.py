@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fine_tune.data.split import assign_splits, check_split, group_hash
+from fine_tune.data.split import assign_splits, check_split, group_hash, recommended_ratios
 from fine_tune.errors import UserError
 
 RATIOS = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -39,6 +39,47 @@ def test_row_counts_are_exact() -> None:
         hashes([f"prompt {i}" for i in range(100)]), {"validation": 20, "test": 10}
     )
     assert np.bincount(sides).tolist() == [70, 20, 10]
+
+
+def test_strata_get_the_same_share_of_every_split() -> None:
+    strata = np.array(["law"] * 55 + ["facts"] * 25 + ["sums"] * 20)
+    prompts = [f"prompt {i}" for i in range(100)]
+    sides = assign_splits(hashes(prompts), {"validation": 20, "test": 10}, strata)
+    assert np.bincount(sides).tolist() == [70, 20, 10]
+    # largest remainders: test 5.5, 2.5, 2.0 -> 6 + 2 + 2 or 5 + 3 + 2; validation 11, 5 and 4 exactly
+    assert [int((strata[sides == 1] == name).sum()) for name in ("law", "facts", "sums")] == [
+        11,
+        5,
+        4,
+    ]
+    assert int((strata[sides == 2] == "sums").sum()) == 2
+
+
+def test_strata_make_ratios_exact_whatever_the_order() -> None:
+    strata = np.array(["a", "b"] * 100)
+    prompts = [f"prompt {i}" for i in range(200)]
+    sides = assign_splits(hashes(prompts), RATIOS, strata)
+    assert np.bincount(sides).tolist() == [160, 20, 20]
+    assert all((strata[sides == side] == "a").sum() == 10 for side in (1, 2))
+    order = np.random.default_rng(0).permutation(200)
+    shuffled = assign_splits(hashes([prompts[i] for i in order]), RATIOS, strata[order])
+    assert shuffled.tolist() == sides[order].tolist()
+
+
+def test_a_group_of_several_strata_stays_together() -> None:
+    prompts = [f"prompt {i // 4}" for i in range(200)]
+    strata = np.array(["a", "a", "a", "b"] * 50)
+    sides = assign_splits(hashes(prompts), {"validation": 40, "test": 20}, strata)
+    assert np.bincount(sides).tolist() == [140, 40, 20]
+    assert all(len(set(sides[4 * i : 4 * i + 4])) == 1 for i in range(50))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "ratios"),
+    [(9_999, (0.7, 0.15, 0.15)), (10_000, (0.8, 0.1, 0.1)), (100_001, (0.85, 0.1, 0.05))],
+)
+def test_recommended_ratios(num_rows: int, ratios: tuple[float, float, float]) -> None:
+    assert tuple(recommended_ratios(num_rows).values()) == ratios
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What makes a corpus clean: pure functions over texts, no torch."""

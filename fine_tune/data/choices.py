@@ -1,0 +1,60 @@
+"""Settings the user left open, chosen from the training rows: a user's value goes first, then a plan's, then these."""
+
+from typing import Any
+
+import numpy as np
+
+from fine_tune.batches import Choice
+
+LENGTH_LIMIT = 32_768
+# p95 of the tokens per row -> rows per micro-batch, micro-batches per step
+ROWS_BY_P95 = (
+    (16_000, 1, 32),
+    (12_000, 1, 16),
+    (8_000, 1, 8),
+    (4_000, 2, 4),
+    (2_000, 4, 2),
+    (0, 8, 1),
+)
+
+
+def longest_up_to_128(longest_row: int, cap: int) -> int:
+    """Round the longest row up to a multiple of 128, within the cap."""
+    return min(cap, -(-longest_row // 128) * 128)
+
+
+def choose(lengths: np.ndarray, *, max_length: int, length_cap: int) -> dict[str, Choice]:
+    """Choose every dynamic setting.
+
+    Args:
+        lengths: Tokens of each training row.
+        max_length: The one in force, chosen by ``longest_up_to_128`` or given.
+        length_cap: Positions of the model, at most 32,768.
+
+    Returns:
+        A value and a reason for each key that may be left open.
+    """
+    longest, mean, p95 = (
+        int(lengths.max()),
+        float(lengths.mean()),
+        float(np.percentile(lengths, 95)),
+    )
+    micro, accumulation = next((m, a) for above, m, a in ROWS_BY_P95 if p95 > above)
+    capped = f", held to {length_cap:,}" if longest >= length_cap else ", up to a multiple of 128"
+    checkpointing = longest > 4_000 or mean > 2_000
+    choices: dict[str, tuple[Any, str]] = {
+        "data.max_length": (max_length, f"longest training row {longest:,} tokens{capped}"),
+        "data.batch_size": (
+            micro * accumulation,
+            f"95 % of the training rows have up to {p95:,.0f} tokens: {micro} rows x {accumulation}",
+        ),
+        "data.max_tokens_per_micro_batch": (
+            micro * max_length,
+            f"95 % of the training rows have up to {p95:,.0f} tokens: {micro} rows of {max_length:,} at a time",
+        ),
+        "model.gradient_checkpointing": (
+            checkpointing,
+            f"longest row {longest:,}, mean {mean:,.0f} tokens; on above 4,000 or 2,000",
+        ),
+    }
+    return {key: Choice(value, reason) for key, (value, reason) in choices.items()}

@@ -1,0 +1,107 @@
+"""Parts of raw rows -> tables of encoded rows, in one pass over each."""
+
+import hashlib
+import os
+import sys
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value
+
+from fine_tune.data.encode import Encoder
+from fine_tune.data.files import rows_of
+from fine_tune.data.formats import FORMATS, RowError
+from fine_tune.data.parts import MAX_ROW_ERRORS, Part
+from fine_tune.data.sources import locate_row
+from fine_tune.errors import UserError
+from fine_tune.losses import num_supervised_targets
+
+_INT_LIST = datasets.List(Value("int32"))
+FEATURES = Features(
+    {
+        "input_ids": _INT_LIST,
+        "labels": _INT_LIST,
+        "row_id": Value("int64"),
+        "weight": Value("float64"),
+        "num_supervised": Value("int32"),
+        "num_cut": Value("int32"),
+        "num_supervised_cut": Value("int32"),
+    }
+)
+
+
+def encode_part(part: Part, encoder: Encoder) -> Dataset:
+    """Encode the rows of a part; those that the truncation policy leaves out have no tokens.
+
+    Raises:
+        UserError: Rows that cannot be encoded, each with its place.
+    """
+    source, format_name = part.source, part.format_name
+    chat = format_name in ("messages", "sharegpt")
+    errors: list[str] = []
+
+    def where(index: int) -> str:
+        return locate_row(source, part.found_in, int(part.positions[index]))
+
+    def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        segments, kept = [], []
+        for index, row in zip(indices, rows_of(batch), strict=True):
+            try:
+                segments.append(
+                    encoder.segments(FORMATS[format_name](encoder.guard(row), source.templates))
+                )
+                kept.append(index)
+            except RowError as error:
+                errors.append(f"{where(index)}: {error}")
+                if len(errors) >= MAX_ROW_ERRORS:
+                    raise UserError(*errors) from error
+        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        for row_segments, index, encoded in zip(
+            segments, kept, encoder.encode(segments, chat=chat), strict=True
+        ):
+            num_supervised = num_supervised_targets(encoded.labels) if encoded else 0
+            if encoded is not None and num_supervised == 0:
+                shown = "".join(s.text for s in row_segments)[:300]
+                raise UserError(
+                    f"{where(index)}: no token of this row carries loss within "
+                    f"data.max_length {encoder.max_length}, the prompt alone fills it; raise it, or set "
+                    f"data.truncation: prompt_left or drop. The row begins:\n{shown}"
+                )
+            columns["input_ids"].append(encoded.input_ids if encoded else [])
+            columns["labels"].append(encoded.labels if encoded else [])
+            columns["row_id"].append(part.first_id + int(part.positions[index]))
+            columns["weight"].append(source.weight)
+            columns["num_supervised"].append(num_supervised)
+            columns["num_cut"].append(encoded.num_cut if encoded else 0)
+            columns["num_supervised_cut"].append(encoded.num_supervised_cut if encoded else 0)
+        return columns
+
+    show_progress = sys.stderr.isatty() and len(part.rows) > 2000
+    (datasets.enable_progress_bars if show_progress else datasets.disable_progress_bars)()
+    encoded = part.rows.map(
+        encode_batch,
+        batched=True,
+        with_indices=True,
+        remove_columns=part.rows.column_names,
+        features=FEATURES,
+        desc=f"Tokenizing {part.split}",
+        load_from_cache_file=False,
+        keep_in_memory=False,
+        new_fingerprint=hashlib.sha256(os.urandom(16)).hexdigest()[:16],
+    )
+    datasets.disable_progress_bars()
+    if errors:
+        raise UserError(*errors)
+    return encoded
+
+
+def column(rows: Dataset, name: str) -> np.ndarray:
+    """Return a column of numbers."""
+    return np.asarray(rows.with_format("numpy")[name][:])
+
+
+def token_counts(rows: Dataset) -> np.ndarray:
+    """Return the number of tokens of each row."""
+    return np.asarray(pc.list_value_length(rows.with_format("arrow")["input_ids"][:]))

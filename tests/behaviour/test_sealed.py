@@ -1,0 +1,137 @@
+"""The test split: sealed while a model is trained, opened by one door, every opening counted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import TOKENIZER, CommandLine, write_rows
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fine_tune.data import SFTData
+from fine_tune.errors import UserError
+
+
+class AsksForTestRows(Callback):
+    """Asks for test rows in every hook of a fit, in one of the ways a user might try."""
+
+    def __init__(self, how: str = "rows", hook: str = "on_train_batch_end") -> None:
+        self.how = how
+        setattr(self, hook, self._ask)
+
+    def _ask(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self.how == "rows":
+            data.rows("test")
+        elif self.how == "loader":
+            data.test_dataloader()
+        elif self.how == "setup":
+            data.setup("test")
+        else:
+            trainer.test(pl_module, datamodule=data)
+
+
+@pytest.mark.parametrize("test_at_end", ["false", "true"])
+@pytest.mark.parametrize(
+    ("how", "hook"),
+    [
+        *((how, "on_train_batch_end") for how in ("rows", "loader", "setup", "test")),
+        *(("rows", hook) for hook in ("on_train_start", "on_validation_end", "on_train_end")),
+    ],
+)
+def test_nobody_gets_test_rows_before_the_last_step(
+    command_line: CommandLine, fit_args: list[str], how: str, hook: str, test_at_end: str
+) -> None:
+    ask = ["--trainer.callbacks+=test_sealed.AsksForTestRows", "--trainer.callbacks.how", how]
+    ask += ["--trainer.callbacks.hook", hook, "--trainer.max_steps", "2"]
+    outcome = command_line("fit", *fit_args, *ask, "--test_at_end", test_at_end)
+    assert outcome.code == 2, outcome.out
+    assert "the test split is sealed while a model is trained" in outcome.err
+    assert "test_openings" not in outcome.run().read()
+
+
+def test_openings_are_counted_over_all_runs(command_line: CommandLine, fit_args: list[str]) -> None:
+    short = [*fit_args, "--trainer.max_steps", "2"]
+    first = command_line("fit", *short, "--name", "one", "--test_at_end", "true")
+    assert "opened for the 1st time" in first.out
+    # another run, another template, another seed: the same rows
+    second = command_line(
+        *("fit", *short, "--name", "two", "--test_at_end", "true", "--seed_everything", "7"),
+        *("--data.prompt", "Soal: {question}"),
+    )
+    assert "opened for the 2nd time" in second.out
+    config = first.run("one").path / "config.yaml"
+    third = command_line("test", "--config", config, "--ckpt_path", "best", root=False)
+    assert third.code == 0, third.err
+    assert "opened for the 3rd time" in third.out
+    assert f"{first.run('one').path}  test/" in third.out
+    assert f"{second.run('two').path}  test/" in third.out
+    openings = first.run("one").read()["test_openings"]
+    assert len(openings) == 2
+    assert all("test/loss" in opening["result"] and opening["time"] for opening in openings)
+
+
+def test_other_rows_are_another_test_split(command_line: CommandLine, fit_args: list[str]) -> None:
+    short = [*fit_args, "--trainer.max_steps", "2", "--test_at_end", "true"]
+    command_line("fit", *short)
+    outcome = command_line("fit", *short, "--data.max_rows", "{test: 2}")
+    assert "opened for the 1st time" in outcome.out
+
+
+def test_a_run_that_stopped_early_does_not_open_it(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    stop = ["--trainer.max_time", "00:00:00:00", "--test_at_end", "true"]
+    outcome = command_line("fit", *fit_args, *stop)
+    assert outcome.code == 0, outcome.err
+    assert "the test split stays sealed" in outcome.out
+    assert "test_openings" not in outcome.run().read()
+
+
+def data(rows_file: Path, tmp_path: Path, **options: Any) -> SFTData:
+    return SFTData(
+        path=str(rows_file),
+        prompt="{question}",
+        completion=" {answer}",
+        tokenizer=str(TOKENIZER),
+        cache_dir=str(tmp_path / "cache"),
+        **options,
+    )
+
+
+def test_the_identity_is_the_rows_not_how_they_are_read(rows_file: Path, tmp_path: Path) -> None:
+    split = {"validation": 4, "test": 40 - 4 - 8}
+    first = data(rows_file, tmp_path, split=split).make_plan().test_hash
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    write_rows(rows_file, rows[::-1])
+    assert data(rows_file, tmp_path, split=split, max_length=20).make_plan().test_hash == first
+    assert (
+        data(rows_file, tmp_path, split={"validation": 4, "test": 4}).make_plan().test_hash != first
+    )
+
+
+def test_test_rows_lie_apart_from_the_others(rows_file: Path, tmp_path: Path) -> None:
+    module = data(rows_file, tmp_path)
+    plan = module.make_plan()
+    assert plan.num_rows["test"] > 0
+    with pytest.raises(UserError, match="sealed"):
+        module.rows("test")
+    assert sorted({p.name for p in (tmp_path / "cache" / "tokens").glob("*/*") if p.is_dir()}) == [
+        "train",
+        "validation",
+    ]
+    assert (tmp_path / "cache" / "test_splits" / str(plan.test_hash)).is_dir()
+
+
+def test_changed_test_rows_are_refused(rows_file: Path, tmp_path: Path) -> None:
+    module = data(rows_file, tmp_path)
+    module.prepare_data()
+    folder = module.prepared.test_folder
+    assert folder is not None
+    file = next(folder.glob("*.arrow"))
+    content = bytearray(file.read_bytes())
+    ids = module.tokenizer("Berapa")["input_ids"][0].to_bytes(4, "little")
+    content[content.index(ids)] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="the sealed test split was changed"):
+        module.setup("test")
