@@ -1,11 +1,13 @@
 """Every shipped YAML parses and takes real steps, with tiny stand-ins for model and data."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from harness import REPOSITORY, TOKENIZER, CommandLine, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PhiConfig, Qwen2Config
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
@@ -19,11 +21,12 @@ def stand_in_model(name: str, folder: Path) -> Path:
         "num_attention_heads": 2,
     }
     ids = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
-    config = (
-        Qwen2Config(**sizes, **ids, num_key_value_heads=2)
-        if "qwen" in name
-        else PhiConfig(**sizes, **ids)
-    )
+    if "qwen" in name:
+        config = Qwen2Config(**sizes, **ids, num_key_value_heads=2)
+    elif "gpt2" in name:
+        config = GPT2Config(n_embd=32, n_layer=1, n_head=2, **ids)
+    else:
+        config = PhiConfig(**sizes, **ids)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -45,17 +48,40 @@ def stand_in_rows(name: str, folder: Path, num_train: int = 40) -> str:
     return str(files)
 
 
+def stand_in_sources(name: str, folder: Path, num_rows: int) -> str:
+    """Write tiny rows in place of the hub's, with their columns; files and templates stay the YAML's own."""
+    columns = {
+        "genta-tech/squad_pairs_indo": ("0", "1"),
+        "cahya/alpaca-id-cleaned": ("instruction", "input", "output"),
+    }
+    config = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
+    sources = config["data"]["init_args"]["sources"]
+    for source in sources:
+        if not (REPOSITORY / source["path"]).exists():
+            rows = [
+                {column: f"{column} {i}" for column in columns[source["path"]]}
+                for i in range(num_rows)
+            ]
+            file = folder / f"{source['path'].replace('/', '_')}.jsonl"
+            source["path"] = str(write_rows(file, rows))
+    return json.dumps(sources)
+
+
 def stand_ins(name: str, tmp_path: Path, num_train: int = 500) -> list[str]:
     if name == "quickstart":
         return []
+    model = ["--model.model_name_or_path", str(stand_in_model(name, tmp_path / "model"))]
+    if name == "gpt2_id_sft":
+        return [*model, "--data.sources", stand_in_sources(name, tmp_path, num_train)]
     return [
-        *("--model.model_name_or_path", str(stand_in_model(name, tmp_path / "model"))),
+        *model,
         *("--data.path", stand_in_rows(name, tmp_path, num_train), "--data.revision", "null"),
     ]
 
 
 def test_there_are_configs() -> None:
-    assert [path.stem for path in CONFIGS] == ["phi2_xsum", "quickstart", "qwen_coder_chat"]
+    names = ["gpt2_id_sft", "phi2_xsum", "quickstart", "qwen_coder_chat"]
+    assert [path.stem for path in CONFIGS] == names
     assert all(len(path.read_text().splitlines()) <= 60 for path in CONFIGS)
 
 

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from harness import write_rows
 
+from fine_tune.data import sources
 from fine_tune.data.files import rows_of
 from fine_tune.data.sources import ALL, Source, fingerprint, locate_row, read_source
 from fine_tune.errors import UserError
@@ -131,3 +132,24 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, kind: str) -> 
     file.write_text(text, encoding="utf-8-sig")
     rows = rows_of(read_source(Source(str(file)), tmp_path / "cache")[ALL][:])
     assert rows == [{"text": "satu"}]
+
+
+def on_the_hub(monkeypatch: pytest.MonkeyPatch, **splits: list[dict[str, str]]) -> None:
+    """Let every hub name lead to these rows, as ``load_dataset`` gives them."""
+    data = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+    monkeypatch.setattr(sources, "_hub_commit", lambda *_: "sha")
+    monkeypatch.setattr(sources, "load_dataset", lambda *_, **__: data)
+
+
+def test_rows_of_the_hub_that_are_all_train_have_no_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_hub(monkeypatch, train=ROWS)
+    rows = read_source(Source("owner/name"), tmp_path / "cache")
+    assert {split: rows_of(part[:]) for split, part in rows.items()} == {ALL: ROWS}
+    on_the_hub(monkeypatch, train=ROWS[:3], validation=ROWS[3:])
+    assert list(read_source(Source("owner/name"), tmp_path / "cache")) == ["train", "validation"]
+
+
+def test_a_row_of_the_hub_is_located_by_its_number() -> None:
+    assert locate_row(Source("owner/name"), ALL, 2) == "owner/name: row 3"
