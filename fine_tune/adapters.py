@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fine_tune.errors import UserError
 
+# What peft changes of the base when it makes the adapter, it changes again when it opens the saved one.
+INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora")
 NEVER_ADAPTED = ("experts", "router", "gate", "shared_expert_gate")  # routing, and fused experts
 
 
@@ -56,7 +58,7 @@ def auto_lora(config: PreTrainedConfig) -> LoraConfig:
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     rank = 8 if billions <= 0.6 else 16 if billions < 6 else 32
     targets = [name for name in linear_layer_names(model) if name not in NEVER_ADAPTED]
-    return LoraConfig(
+    lora = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
@@ -64,16 +66,42 @@ def auto_lora(config: PreTrainedConfig) -> LoraConfig:
         target_modules=targets,
         exclude_modules=r".*\.experts\..*",
     )
+    with torch.device("meta"):
+        tried = add_lora(model, lora).active_peft_config
+    # Beside fused experts, peft takes gate_proj of a shared expert or a dense layer for the experts' own.
+    if tried.target_parameters:
+        lora.target_modules = tried.target_modules
+    return lora
 
 
 def check_lora(config: PreTrainedConfig, lora: Any) -> None:
     """Try LoRA on the model's shape, without weights or memory.
 
     Raises:
-        UserError: Targets that do not exist, with the linear layers that do.
+        UserError: Targets that do not exist, with the linear layers that do, or an initialisation that goes wrong.
     """
     with torch.device("meta"):
-        add_lora(AutoModelForCausalLM.from_config(copy.deepcopy(config)), lora)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        kinds = {type(module).__name__ for module in model.modules()}
+        if lora.init_lora_weights == "olora" and "Conv1D" in kinds:
+            raise UserError(
+                "model.lora.init_lora_weights: olora is not possible on Conv1D layers like GPT-2's: peft takes their "
+                "inputs for outputs; take pissa"
+            )
+        add_lora(model, lora)
+
+
+def keep_trained_in_float32(model: torch.nn.Module) -> None:
+    """Hold what is trained in float32 beside a frozen base of 16 bit; peft does so for adapters, not for the rest."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(parameter.requires_grad for parameter in own):
+            is_norm = all(
+                parameter.ndim < 2 for parameter in own
+            )  # its weight and bias go together
+            for parameter in own:
+                if parameter.requires_grad or is_norm:
+                    parameter.data = parameter.data.float()
 
 
 def linear_layer_names(model: torch.nn.Module) -> list[str]:
@@ -111,7 +139,12 @@ def restore_weights(model: Any, folder: Path) -> None:
 def _restore_adapter(model: Any, folder: Path) -> None:
     saved = json.loads((folder / "adapter_config.json").read_text())
     now = model.active_peft_config
-    for field in ("base_model_name_or_path", "r", "lora_alpha"):
+    fields = ["base_model_name_or_path", "r", "lora_alpha", "use_rslora"]
+    fields += ["rank_pattern", "alpha_pattern"]
+    inits = (saved.get("init_lora_weights"), now.init_lora_weights)
+    if any(init in INITS_THAT_CHANGE_THE_BASE for init in inits):
+        fields.append("init_lora_weights")
+    for field in fields:
         if saved.get(field) != getattr(now, field):
             raise UserError(
                 f"ckpt_path: the adapter in '{folder}' has {field} {saved.get(field)!r}, the config gives "

@@ -80,6 +80,17 @@ def load_config(
         ) from error
 
 
+def stored_quantization(config: PreTrainedConfig) -> str | None:
+    """Return how a checkpoint's weights are stored: nf4, fp4, int8, another method's name, or None: unquantized."""
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    if fields.get("load_in_4bit"):
+        return str(fields.get("bnb_4bit_quant_type", "fp4"))
+    return "int8" if fields.get("load_in_8bit") else str(fields.get("quant_method", "unknown"))
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse, before anything loads, a folder whose weights are absent, incomplete or pickled.
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fine_tune.errors import UserError
-from fine_tune.model_config import first_line, resolve_source
+from fine_tune.model_config import first_line, resolve_source, stored_quantization
 
 log = logging.getLogger("fine_tune")
 if not sys.stderr.isatty():
@@ -57,7 +57,7 @@ def load_model(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
-    quantization: Any = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Load weights in safetensors, or initialise them at random when ``name`` is None.
 
@@ -67,19 +67,24 @@ def load_model(
         revision: Revision on the hub.
         dtype: Type of the weights in memory.
         attn_implementation: ``sdpa``, ``eager``, ... or None for the model's default.
-        quantization: What ``quantization_config`` made, or None; the weights are quantized shard by shard.
+        quantization: What ``quantization_config`` made, or None; the weights are quantized shard by shard. Of a
+            checkpoint that is quantized already it decides only the type that its weights are multiplied in.
 
     Raises:
         UserError: Weights that do not fit the config.
     """
-    config = copy.deepcopy(config)  # the attention implementation is written into it
+    config = copy.deepcopy(config)  # attention and compute type are written into it
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if name is None:
         return AutoModelForCausalLM.from_config(config, **options)
-    if quantization is not None:
+    stored = stored_quantization(config)
+    if quantization is not None and stored is None:
         options["quantization_config"] = quantization
+    elif quantization is not None:
+        compute = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
+        config.quantization_config |= {"bnb_4bit_compute_dtype": compute}
     source, commit = resolve_source("model.model_name_or_path", name, revision)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -110,6 +115,8 @@ def load_model(
             name,
             unused[0],
         )
+    if stored is not None:
+        _cast_unquantized(model, dtype)
     _train_4bit_on_cpu(model)
     return cast(PreTrainedModel, model)
 
@@ -129,6 +136,13 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesCo
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def _cast_unquantized(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    # transformers leaves what a quantized checkpoint holds unquantized in the checkpoint's type, whatever is asked
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.to(dtype)
 
 
 def _train_4bit_on_cpu(model: torch.nn.Module) -> None:

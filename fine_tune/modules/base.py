@@ -23,15 +23,17 @@ from fine_tune import adapters, model_config, models
 from fine_tune.batches import DataPlan, cut_by_tokens, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
 from fine_tune.modules.checks import (
+    lora_problems,
     max_positions,
     plan_problems,
     refuse_another_run,
     source_problems,
+    stored_quantization_problems,
     warmup_problems,
 )
 from fine_tune.modules.generation import generate
 from fine_tune.modules.metrics import TokenMetrics
-from fine_tune.modules.optimization import Schedule, optimizer_problems, parameter_groups, schedule
+from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
 from fine_tune.modules.ranks import sum_gradients_over_ranks, sum_over_ranks
 from fine_tune.modules.seeding import seed_all
 
@@ -51,12 +53,17 @@ class StepModule(LightningModule):
             or ``{class: LlamaConfig, ...}``. Vocabulary size and special ids default to the tokenizer's.
         config: Fields of the model's own config to replace, like ``{attention_dropout: 0.1}``.
         tokenizer: Folder or hub name of the tokenizer. None: the model's.
-        dtype: Type of the weights in memory. auto: float32; bfloat16 under LoRA on a GPU that has it.
+        dtype: Type of the weights in memory. auto: frozen weights under LoRA have the type of the trainer's precision
+            (bf16-*: bfloat16, 16-*: float16), trained ones are float32; in 16 bit only under bf16-true and 16-true.
         attn_implementation: sdpa, eager, flex_attention ... None: the model's default.
-        quantization: Load the frozen weights in 4 bit (nf4, fp4) or 8 bit (int8); needs ``lora``.
+        quantization: Load the frozen weights in 4 bit (nf4, fp4) or 8 bit (int8); needs ``lora``. Not needed for a
+            checkpoint that bitsandbytes quantized already.
         lora: LoRA settings with peft's own names (r, lora_alpha, lora_dropout, target_modules ...), or auto: by the
             model's size, on all its linear layers. None: train all weights.
+        lora_plus_ratio: Learning rate of LoRA's B matrices over that of its A matrices (LoRA+, arXiv 2402.12354; 16
+            there, with a lower rate of A). None: the same.
         gradient_checkpointing: Recompute activations in the backward pass: about a third slower, far less memory.
+            None: by the length of the training rows (longest above 4,000 or mean above 2,000 tokens).
         optimizer: Any torch or bitsandbytes optimizer; matrices decay by its ``weight_decay``, vectors do not.
         lr_scheduler: Shape of the learning rate after warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
@@ -74,7 +81,8 @@ class StepModule(LightningModule):
         attn_implementation: str | None = None,
         quantization: Literal["nf4", "fp4", "int8"] | None = None,
         lora: LoraConfig | Literal["auto"] | None = None,
-        gradient_checkpointing: bool = False,
+        lora_plus_ratio: float | None = None,
+        gradient_checkpointing: bool | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
         lr_scheduler: Schedule = "cosine",
         warmup_steps: int | None = None,
@@ -83,6 +91,7 @@ class StepModule(LightningModule):
         super().__init__()
         problems = [
             *source_problems(model_name_or_path, from_config, quantization, lora),
+            *lora_problems(lora, lora_plus_ratio, quantization),
             *warmup_problems(warmup_steps, warmup_ratio),
             *optimizer_problems(optimizer),
         ]
@@ -92,7 +101,7 @@ class StepModule(LightningModule):
         self.from_config, self.config_overrides = from_config, config or {}
         self.tokenizer_source = tokenizer or model_name_or_path
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
-        self.quantization, self.lora = quantization, lora
+        self.quantization, self.lora, self.lora_plus_ratio = quantization, lora, lora_plus_ratio
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
@@ -135,13 +144,17 @@ class StepModule(LightningModule):
         """Hold the data against the model's config, and LoRA against its layers, before weights load.
 
         Raises:
-            UserError: Rows longer than the model's positions, ids outside its vocabulary, unknown LoRA targets, or a
-                warm-up longer than the planned epochs.
+            UserError: Rows longer than the model's positions, ids outside its vocabulary, unknown LoRA targets, a
+                warm-up longer than the planned epochs, or quantized weights that cannot be trained as asked.
         """
         config = self.model_config(tokenizer)
-        problems = plan_problems(plan, config, self.num_warmup_steps(plan))
+        problems = stored_quantization_problems(config, self.quantization, self.lora)
+        problems += plan_problems(plan, config, self.num_warmup_steps(plan))
         if problems:
             raise UserError(*problems)
+        if self.gradient_checkpointing is None:
+            choice = plan.choices.get("model.gradient_checkpointing")
+            self.gradient_checkpointing = choice is not None and bool(choice.value)
         if self.lora == "auto":
             self.lora = adapters.auto_lora(config)
         if self.lora is not None:
@@ -168,14 +181,16 @@ class StepModule(LightningModule):
         if self.model is not None:
             return
         seed_all(self._seed, "weights")
+        config = self.model_config(self._tokenizer)
+        quantization = self.quantization or model_config.stored_quantization(config)
         model = models.load_model(
-            self.model_config(self._tokenizer),
+            config,
             self.model_name_or_path,
             revision=self.revision,
             dtype=self._weights_dtype(),
             attn_implementation=self.attn_implementation,
-            quantization=models.quantization_config(self.quantization, self._compute_dtype())
-            if self.quantization
+            quantization=models.quantization_config(quantization, self._compute_dtype())
+            if quantization
             else None,
         )
         if self.gradient_checkpointing:
@@ -183,6 +198,8 @@ class StepModule(LightningModule):
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         self.model = adapters.add_lora(model, self.lora) if self.lora is not None else model
+        if self.lora is not None and str(self.trainer.precision).endswith("mixed"):
+            adapters.keep_trained_in_float32(self.model)
         self.model.train()
         if self.trainer.state.fn == "fit":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -195,7 +212,7 @@ class StepModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.parameters()))
+        optimizer = build_optimizer(self.optimizer, self.named_parameters(), self.lora_plus_ratio)
         warmup, steps = self.num_warmup_steps(self.plan), self.plan.num_steps
         scheduler = schedule(optimizer, self.lr_scheduler, num_warmup_steps=warmup, num_steps=steps)
         return {
@@ -330,14 +347,15 @@ class StepModule(LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained, under the Hugging Face model's own names."""
+        """Keep only what was trained and whole adapters, under the Hugging Face model's own names."""
         checkpoint["run_settings"] = self._run_settings()
         adapters_only = isinstance(self.model, PeftModel)
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {
             name.removeprefix("model."): value
             for name, value in checkpoint["state_dict"].items()
-            if name.startswith("model.") and (not adapters_only or name in trained)
+            if name.startswith("model.")
+            and (not adapters_only or name in trained or ".lora_" in name)
         }
 
     def export(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
@@ -369,9 +387,10 @@ class StepModule(LightningModule):
 
     def _run_settings(self) -> dict[str, Any]:
         """Return what must stay the same when a run goes on: the steps' rows and their learning rate."""
-        trial = self.optimizer(parameter_groups(torch.nn.Linear(2, 2).parameters()))
+        trial = build_optimizer(self.optimizer, torch.nn.Linear(2, 2).named_parameters(), None)
         return {
             "model.optimizer.lr": float(trial.param_groups[0]["lr"]),
+            "model.lora_plus_ratio": self.lora_plus_ratio,
             "model.lr_scheduler": self.lr_scheduler,
             "data.batch_size": self.plan.batch_size,
             "data: training rows": self.plan.num_rows["train"],
@@ -389,19 +408,19 @@ class StepModule(LightningModule):
             return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
                 self.dtype_name
             ]
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        return (
-            torch.bfloat16
-            if self.lora and on_gpu and torch.cuda.is_bf16_supported(False)
-            else torch.float32
-        )
+        if self.lora is None and str(self.trainer.precision).endswith("mixed"):
+            return torch.float32  # trained weights: an update of 16 bit would be lost in rounding
+        return self._precision_dtype() or torch.float32
 
     def _compute_dtype(self) -> torch.dtype:
         """Return the type 4-bit weights are multiplied in: it follows the trainer's precision."""
+        return self._precision_dtype() or self._weights_dtype()
+
+    def _precision_dtype(self) -> torch.dtype | None:
         precision = str(self.trainer.precision)
         if precision.startswith("bf16"):
             return torch.bfloat16
-        return torch.float16 if precision.startswith("16") else self._weights_dtype()
+        return torch.float16 if precision.startswith("16") else None
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -4,8 +4,18 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.batches import DataPlan
 from fine_tune.errors import UserError
+from fine_tune.model_config import stored_quantization
+
+_WHY_NOT_INIT = {
+    "loftq": "peft computes it on a CUDA device only, and swaps the base for a quantized copy that no file holds",
+    "pissa_niter": "it draws random numbers, so a saved adapter could not find its base again; take pissa",
+    **dict.fromkeys(
+        ("eva", "corda", "lora_ga"), "it needs a pass over the data before training, not made here"
+    ),
+}
 
 
 def source_problems(
@@ -27,6 +37,58 @@ def source_problems(
             "model.quantization: needs weights to quantize; set model.model_name_or_path"
         )
     return problems
+
+
+def lora_problems(lora: Any, lora_plus_ratio: float | None, quantization: str | None) -> list[str]:
+    """Say what is wrong with LoRA's own settings, and with the learning rate of its B matrices."""
+    problems = []
+    if lora_plus_ratio is not None and not 0 < lora_plus_ratio < float("inf"):
+        problems.append(f"model.lora_plus_ratio: must be above 0 and finite, got {lora_plus_ratio}")
+    if lora_plus_ratio is not None and lora is None:
+        problems.append("model.lora_plus_ratio: there are no B matrices; set model.lora, like auto")
+    init = str(getattr(lora, "init_lora_weights", True)).lower()
+    for refused, why in _WHY_NOT_INIT.items():
+        if init.startswith(refused):
+            problems.append(f"model.lora.init_lora_weights: {init} is not possible: {why}")
+    if quantization is not None and init in INITS_THAT_CHANGE_THE_BASE:
+        problems.append(_changes_quantized(init, quantization))
+    return problems
+
+
+def stored_quantization_problems(
+    config: PreTrainedConfig, quantization: str | None, lora: Any
+) -> list[str]:
+    """Say what does not go together with weights that a checkpoint already holds quantized."""
+    stored = stored_quantization(config)
+    if stored is None:
+        return []
+    if stored not in ("nf4", "fp4", "int8"):
+        return [
+            f"model.model_name_or_path: its weights are quantized by '{stored}', which cannot be trained here; "
+            "bitsandbytes nf4, fp4 and int8 can: take such a checkpoint, or an unquantized one and model.quantization"
+        ]
+    problems = []
+    if lora is None:
+        problems.append(
+            f"model.model_name_or_path: its weights are stored in {stored}, and quantized weights are frozen; "
+            "set model.lora, like auto"
+        )
+    if quantization not in (None, stored):
+        problems.append(
+            f"model.quantization: {quantization} asked, but the checkpoint's weights are stored in {stored}; "
+            "leave it out, or take the unquantized model"
+        )
+    init = str(getattr(lora, "init_lora_weights", True)).lower()
+    if quantization is None and init in INITS_THAT_CHANGE_THE_BASE:
+        problems.append(_changes_quantized(init, stored))
+    return problems
+
+
+def _changes_quantized(init: str, kind: str) -> str:
+    return (
+        f"model.lora.init_lora_weights: {init} changes the base's weights, and {kind} weights stay as they are; "
+        "leave it out, or train without quantization"
+    )
 
 
 def warmup_problems(steps: int | None, ratio: float | None) -> list[str]:

@@ -19,14 +19,52 @@ _WSD_DECAY_SHARE = (
 )
 
 
-def parameter_groups(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Group the trainable parameters: matrices decay by the optimizer's ``weight_decay``, vectors do not."""
-    trainable = [p for p in parameters if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2]},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def parameter_groups(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], *, split_lora_b: bool = False
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters: matrices decay by the optimizer's ``weight_decay``, vectors do not.
+
+    Args:
+        parameters: Names and parameters, as ``named_parameters`` gives them.
+        split_lora_b: Keep LoRA's B matrices apart, for a learning rate of their own.
+
+    Returns:
+        Up to three groups that are not empty; those of B matrices and vectors are marked ``lora_b`` if split.
+    """
+    named = [(name, p) for name, p in parameters if p.requires_grad]
+    matrices = [(".lora_B." in name, p) for name, p in named if p.ndim >= 2]
+    vectors = [p for _, p in named if p.ndim < 2]
+    if not split_lora_b:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for _, p in matrices]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    else:
+        groups = [
+            {"params": [p for is_b, p in matrices if not is_b]},
+            {"params": [p for is_b, p in matrices if is_b], "lora_b": True},
+            {"params": vectors, "weight_decay": 0.0, "lora_b": True},
+        ]
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    optimizer: OptimizerCallable,
+    parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    lora_plus_ratio: float | None,
+) -> torch.optim.Optimizer:
+    """Build the optimizer; under LoRA+ (arXiv 2402.12354) B matrices learn at ``lora_plus_ratio`` times its rate.
+
+    As in the authors' and peft's code, vectors (biases, DoRA's magnitudes) learn at the rate of B. Adapters of an
+    embedding keep the base rate: their B is not the matrix that starts at zero.
+    """
+    groups = parameter_groups(parameters, split_lora_b=lora_plus_ratio is not None)
+    built = optimizer(groups)
+    for group in built.param_groups:
+        if group.pop("lora_b", False):
+            assert lora_plus_ratio is not None
+            group["lr"] = group["lr"] * lora_plus_ratio
+    return built
 
 
 def schedule(
@@ -57,7 +95,7 @@ def schedule(
 def optimizer_problems(optimizer: OptimizerCallable) -> list[str]:
     """Try an optimizer on one parameter, and say what is wrong with its settings."""
     try:
-        trial = optimizer(parameter_groups(torch.nn.Linear(2, 2).parameters()))
+        trial = optimizer(parameter_groups(torch.nn.Linear(2, 2).named_parameters()))
     except (ValueError, TypeError) as error:
         return [f"model.optimizer: {error}"]
     rate = trial.param_groups[0].get("lr")
