@@ -12,6 +12,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
+    replace_lora_weights_loftq,
     set_peft_model_state_dict,
 )
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -23,20 +24,25 @@ INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora")
 NEVER_ADAPTED = ("experts", "router", "gate", "shared_expert_gate")  # routing, and fused experts
 
 
-def add_lora(model: PreTrainedModel, lora: Any) -> Any:
+def add_lora(model: PreTrainedModel, lora: Any, weights: str | None = None) -> Any:
     """Wrap a model in trainable LoRA adapters and freeze the rest.
 
     Args:
         model: The base model.
-        lora: A ``peft.LoraConfig``; its target names must exist in the model.
+        lora: A ``peft.LoraConfig``; its target names must exist in the model. ``init_lora_weights: loftq`` makes the
+            first adapter what 4 bits lost of the weights (LoftQ, arXiv 2310.08659); saved, it is an ordinary one.
+        weights: Folder or hub name of the unquantized weights; LoftQ compares with them.
 
     Raises:
         UserError: Targets that do not exist, with the linear layers that do.
     """
     lora = copy.deepcopy(lora)
     lora.task_type = "CAUSAL_LM"
+    loftq = lora.init_lora_weights == "loftq"
+    if loftq:
+        lora.init_lora_weights, lora.loftq_config = True, {}
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except ValueError as error:
         if "target" not in str(error).lower():
             raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
@@ -45,6 +51,9 @@ def add_lora(model: PreTrainedModel, lora: Any) -> Any:
             f"model.lora.target_modules: {sorted(lora.target_modules or [])} are not in this "
             f"{type(model).__name__}; its linear layers are named: {', '.join(names)}"
         ) from error
+    if loftq and weights is not None:
+        replace_lora_weights_loftq(adapted, weights if Path(weights).is_dir() else None)
+    return adapted
 
 
 def auto_lora(config: PreTrainedConfig) -> LoraConfig:

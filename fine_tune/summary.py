@@ -24,7 +24,7 @@ def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> 
         targets = model.lora.target_modules or "peft's default layers"
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         how = f"LoRA r={model.lora.r} alpha={model.lora.lora_alpha} on {names}"
-        how = f"{model.quantization} + {how}" if model.quantization else how
+        how = f"{model.quantized} + {how}" if model.quantized else how
     lines = [
         f"{verb}: {source}, {how}, {trainer.precision} on {trainer.num_devices} x {trainer.strategy.root_device.type}",
         f"data: {rows}",

@@ -90,8 +90,10 @@ def split_sources(found: list[tuple[Source, dict[str, Dataset]]], options: Optio
     for source, tables in found:
         _check_found(source, tables, options.split)
         for name, rows in tables.items():
-            read.append(_read_part(rows, source, name, first_id, options))
-            num_empty += len(rows) - len(read[-1].rows)
+            split = "train" if options.split == "none" else name
+            part, empty = _read_part(rows, source, split, name, first_id, options)
+            read.append(part)
+            num_empty += empty
             first_id += len(rows)
     to_split = [p for p in read if p.found_in == ALL and options.split != "none"]
     sizes = options.split if isinstance(options.split, dict) else DEFAULT_RATIOS
@@ -103,7 +105,7 @@ def split_sources(found: list[tuple[Source, dict[str, Dataset]]], options: Optio
             mine = next(sides)
             parts += [part.take(np.flatnonzero(mine == SPLITS.index(s)), s) for s in wanted]
         else:
-            parts.append(replace(part, split="train" if options.split == "none" else part.found_in))
+            parts.append(part)
     limited = [
         p.take(np.arange(min(len(p.rows), options.max_rows.get(p.split, len(p.rows)))))
         for p in parts
@@ -145,13 +147,16 @@ def field_value(row: Row, name: str) -> str:
 
 
 def _read_part(
-    rows: Dataset, source: Source, found_in: str, first_id: int, options: Options
-) -> Part:
+    rows: Dataset, source: Source, split: str, found_in: str, first_id: int, options: Options
+) -> tuple[Part, int]:
     format_name = _format_of(rows, source)
     _check_fields(rows, source, options)
     positions: list[int] = []
-    groups, prompts, strata, errors = [], [], [], []
+    groups, prompts, strata, errors, num_empty = [], [], [], [], 0
+    wanted = options.max_rows.get(split, len(rows))  # all of "all", which is still to be split
     for start in range(0, len(rows), 1000):
+        if len(positions) >= wanted:
+            break
         for i, row in enumerate(rows_of(rows[start : start + 1000]), start=start):
             try:
                 asked, answered = own_words(row, format_name, source.templates)
@@ -160,6 +165,7 @@ def _read_part(
                 strata.append(field_value(row, options.stratify_by) if options.stratify_by else "")
             except RowError as error:
                 if isinstance(error, EmptyCompletion) and options.empty_completions == "drop":
+                    num_empty += 1
                     continue
                 errors.append(f"{locate_row(source, found_in, i)}: {error}{_hint(error)}")
                 if len(errors) == MAX_ROW_ERRORS:
@@ -170,10 +176,10 @@ def _read_part(
             prompts.append(group_hash(prompt))
     if errors:
         raise UserError(*errors)
-    return Part(
+    part = Part(
         source,
         format_name,
-        found_in,
+        split,
         found_in,
         rows.select(positions) if len(positions) < len(rows) else rows,
         np.array(positions, dtype=np.int64),
@@ -182,6 +188,7 @@ def _read_part(
         np.array(prompts, dtype=np.uint64),
         np.array(strata, dtype=np.str_),
     )
+    return part, num_empty
 
 
 def _sides(parts: list[Part], sizes: dict[str, float], stratified: bool) -> list[np.ndarray]:

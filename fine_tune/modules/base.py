@@ -102,6 +102,7 @@ class StepModule(LightningModule):
         self.tokenizer_source = tokenizer or model_name_or_path
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
         self.quantization, self.lora, self.lora_plus_ratio = quantization, lora, lora_plus_ratio
+        self.quantized: str | None = quantization  # as asked, or as the checkpoint holds it (check)
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
@@ -152,6 +153,7 @@ class StepModule(LightningModule):
         problems += plan_problems(plan, config, self.num_warmup_steps(plan))
         if problems:
             raise UserError(*problems)
+        self.quantized = self.quantization or model_config.stored_quantization(config)
         if self.gradient_checkpointing is None:
             choice = plan.choices.get("model.gradient_checkpointing")
             self.gradient_checkpointing = choice is not None and bool(choice.value)
@@ -181,25 +183,25 @@ class StepModule(LightningModule):
         if self.model is not None:
             return
         seed_all(self._seed, "weights")
-        config = self.model_config(self._tokenizer)
-        quantization = self.quantization or model_config.stored_quantization(config)
         model = models.load_model(
-            config,
+            self.model_config(self._tokenizer),
             self.model_name_or_path,
             revision=self.revision,
             dtype=self._weights_dtype(),
             attn_implementation=self.attn_implementation,
-            quantization=models.quantization_config(quantization, self._compute_dtype())
-            if quantization
+            quantization=models.quantization_config(self.quantized, self._compute_dtype())
+            if self.quantized
             else None,
         )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        self.model = adapters.add_lora(model, self.lora) if self.lora is not None else model
-        if self.lora is not None and str(self.trainer.precision).endswith("mixed"):
-            adapters.keep_trained_in_float32(self.model)
+        self.model = model
+        if self.lora is not None:
+            self.model = adapters.add_lora(model, self.lora, self.model_name_or_path)
+            if str(self.trainer.precision).endswith("mixed"):
+                adapters.keep_trained_in_float32(self.model)
         self.model.train()
         if self.trainer.state.fn == "fit":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
@@ -10,7 +11,6 @@ from fine_tune.errors import UserError
 from fine_tune.model_config import stored_quantization
 
 _WHY_NOT_INIT = {
-    "loftq": "peft computes it on a CUDA device only, and swaps the base for a quantized copy that no file holds",
     "pissa_niter": "it draws random numbers, so a saved adapter could not find its base again; take pissa",
     **dict.fromkeys(
         ("eva", "corda", "lora_ga"), "it needs a pass over the data before training, not made here"
@@ -52,7 +52,7 @@ def lora_problems(lora: Any, lora_plus_ratio: float | None, quantization: str | 
             problems.append(f"model.lora.init_lora_weights: {init} is not possible: {why}")
     if quantization is not None and init in INITS_THAT_CHANGE_THE_BASE:
         problems.append(_changes_quantized(init, quantization))
-    return problems
+    return problems + (_loftq_problems(lora, quantization) if init == "loftq" else [])
 
 
 def stored_quantization_problems(
@@ -81,6 +81,20 @@ def stored_quantization_problems(
     init = str(getattr(lora, "init_lora_weights", True)).lower()
     if quantization is None and init in INITS_THAT_CHANGE_THE_BASE:
         problems.append(_changes_quantized(init, stored))
+    return problems
+
+
+def _loftq_problems(lora: Any, quantization: str | None) -> list[str]:
+    key, problems = "model.lora.init_lora_weights: loftq", []
+    if quantization not in ("nf4", "fp4"):
+        problems.append(f"{key} makes up for what 4 bits lose; set model.quantization: nf4")
+    if not torch.cuda.is_available():
+        problems.append(f"{key} is computed by peft on a CUDA device, and there is none here")
+    if lora.lora_alpha != lora.r or lora.use_rslora:
+        problems.append(
+            f"{key} is added with the factor lora_alpha / r, which must be 1: set model.lora.lora_alpha: {lora.r}, "
+            f"got {lora.lora_alpha}{' with use_rslora' if lora.use_rslora else ''}"
+        )
     return problems
 
 

@@ -7,13 +7,19 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from harness import TOKENIZER, CommandLine
+from harness import CommandLine
+from lora_runs import (
+    SIZES,
+    TOKENS,
+    assert_same_adapter,
+    run_and_resume,
+    save_model,
+    save_quantized,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     GPT2Config,
     LlamaConfig,
     PhiConfig,
@@ -22,102 +28,6 @@ from transformers import (
 )
 
 from fine_tune.adapters import auto_lora
-
-SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def save_model(architecture: str, folder: Path) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
-    config: PreTrainedConfig = {
-        "llama": lambda: LlamaConfig(**SIZES, **ids, intermediate_size=128),
-        "phi": lambda: PhiConfig(**SIZES, **ids, intermediate_size=128),
-        "gpt2": lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, **ids),
-    }[architecture]()
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-STOP = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step"]
-TOKENS = torch.arange(5, 25)[None]
-
-
-def save_quantized(kind: str, folder: Path) -> Path:
-    """A folder as ``unsloth/*-bnb-4bit`` are on the hub: packed weights, and how they were packed in config.json."""
-    base = save_model("llama", folder.with_name(folder.name + "-base"))
-    bits = BitsAndBytesConfig(
-        load_in_8bit=kind == "int8",
-        load_in_4bit=kind != "int8",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, quantization_config=bits
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
-def adapter(outcome: Any, name: str = "run") -> dict[str, torch.Tensor]:
-    return load_file(outcome.run(name).checkpoint("last") / "adapter_model.safetensors")
-
-
-def assert_same_adapter(straight: Any, resumed: Any) -> None:
-    ours, theirs = adapter(straight, "straight"), adapter(resumed)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert any(value.count_nonzero() for name, value in ours.items() if "lora_B" in name)
-
-
-def run_and_resume(command_line: CommandLine, args: list[str], stop: int = 2) -> tuple[Any, Any]:
-    """A straight run, and one that fell over at a step and went on."""
-    args = [*args, "--checkpoint.every", "1", "--model.optimizer.lr", "1e-2"]
-    straight = command_line("fit", *args, "--name", "straight")
-    assert straight.code == 0, straight.err
-    with pytest.raises(RuntimeError, match="a defect"):
-        command_line("fit", *args, *STOP, str(stop))
-    resumed = command_line("fit", *args, "--ckpt_path", "last")
-    assert resumed.code == 0, resumed.err
-    return straight, resumed
-
-
-@pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the models were at the end of each fit: types, logits, and the frozen weights at start and end."""
-    from fine_tune.modules import SFT
-
-    seen: list[dict[str, Any]] = []
-
-    def frozen(module: SFT) -> dict[str, torch.Tensor]:
-        return {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
-
-    def start(self: SFT) -> None:
-        seen.append({"before": frozen(self)})
-
-    def end(self: SFT) -> None:
-        assert self.model is not None
-        kinds = [m for m in self.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-        self.model.eval()
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            logits = self.model(TOKENS).logits
-        seen[-1] |= {
-            "after": frozen(self),
-            "embedding": self.model.get_input_embeddings().weight.dtype,
-            "head": self.model.get_output_embeddings().weight.dtype,
-            "trained": {p.dtype for p in self.parameters() if p.requires_grad},
-            "compute": {m.compute_dtype for m in kinds},
-            "packed_for_cpu": {m.support_avx512bf16_for_cpu for m in kinds},
-            "rates": [group["lr"] for group in self.trainer.optimizers[0].param_groups],
-            "logits": logits,
-        }
-
-    monkeypatch.setattr(SFT, "on_fit_start", start)
-    monkeypatch.setattr(SFT, "on_train_end", end)
-    return seen
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -245,6 +155,7 @@ def test_a_checkpoint_quantized_already_trains_resumes_and_tests(
     args = [*fit_args, "--model.model_name_or_path", str(folder), "--model.lora", "auto", *asked]
     straight, resumed = run_and_resume(command_line, [*args, "--data.epochs", "4"], stop=5)
     assert_same_adapter(straight, resumed)
+    assert "nf4 + LoRA r=8" in straight.out
     losses = [float(row["train/loss"]) for row in straight.metrics("straight")]
     assert losses[-1] < losses[0] - 0.3
 
@@ -349,117 +260,3 @@ def test_frozen_weights_have_the_type_of_the_precision(
         assert end["compute"] == ({torch.bfloat16} if "nf4" in settings else set())
     if settings:
         assert_same_adapter(straight, resumed)
-
-
-def test_lora_plus_runs_and_resumes(
-    command_line: CommandLine, fit_args: list[str], ends: list[dict[str, Any]]
-) -> None:
-    args = [*fit_args, "--model.lora", "auto", "--trainer.max_steps", "3"]
-    args += ["--model.lr_scheduler", "linear"]
-    plain = command_line("fit", *args, "--name", "plain")
-    assert plain.code == 0, plain.err
-    args += ["--model.lora_plus_ratio", "16"]
-    straight, resumed = run_and_resume(command_line, args)
-    assert_same_adapter(straight, resumed)
-    rates = [float(row["lr"]) for row in straight.metrics("straight")]
-    assert rates == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])  # the rate of A
-    assert [len(end["rates"]) for end in (ends[0], ends[1], ends[-1])] == [1, 2, 2]
-    run = resumed.run()
-    other = ["--model.lora_plus_ratio", "4", "--trainer.max_steps", "4", "--ckpt_path", "last"]
-    refused = command_line("fit", "--config", run.path / "config.yaml", *other, root=False)
-    assert refused.code == 2
-    assert "model.lora_plus_ratio: the checkpoint was trained with 16.0" in refused.err
-
-
-def test_wrong_lora_settings_are_told_together(
-    command_line: CommandLine, fit_args: list[str]
-) -> None:
-    outcome = command_line(
-        "fit", *fit_args, "--model.lora_plus_ratio", "-1", "--model.warmup_steps", "-1"
-    )
-    assert outcome.code == 2
-    assert "model.lora_plus_ratio: must be above 0 and finite, got -1.0" in outcome.err
-    assert "model.lora_plus_ratio: there are no B matrices; set model.lora" in outcome.err
-    assert "model.warmup_steps: must not be negative" in outcome.err
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
-        ["--model.lora.use_dora", "true"],
-        ["--model.lora.use_rslora", "true"],
-        ["--model.lora.init_lora_weights", "pissa"],
-        ["--model.lora.init_lora_weights", "olora"],
-        ["--model.lora.init_lora_weights", "mica"],
-        ["--model.lora.init_lora_weights", "pissa", "--model.lora.use_dora", "true"],
-    ],
-    ids=["dora", "rslora", "pissa", "olora", "mica", "pissa-dora"],
-)
-def test_lora_variants_resume_and_open_in_peft_on_the_base_they_started_from(
-    command_line: CommandLine,
-    fit_args: list[str],
-    model_folder: Path,
-    ends: list[dict[str, Any]],
-    variant: list[str],
-) -> None:
-    targets = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "down_proj"]']
-    straight, resumed = run_and_resume(
-        command_line, [*fit_args, *targets, *variant, "--trainer.max_steps", "4"]
-    )
-    assert_same_adapter(straight, resumed)
-    assert [row["train/loss"] for row in resumed.metrics()] == [
-        row["train/loss"] for row in straight.metrics("straight")
-    ]
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    untrained = base(TOKENS).logits
-    last = straight.run("straight").checkpoint("last")
-    in_peft = PeftModel.from_pretrained(base, last).eval()
-    torch.testing.assert_close(in_peft(TOKENS).logits, ends[0]["logits"])
-    assert (ends[0]["logits"] - untrained).abs().max() > 1e-3
-
-    run = straight.run("straight")
-    validated = command_line(
-        "validate", "--config", run.path / "config.yaml", "--ckpt_path", "best", root=False
-    )
-    assert validated.code == 0, validated.err
-    first, again = (r["metrics"]["val/loss"] for r in run.read()["results"])
-    assert first == again
-
-
-@pytest.mark.parametrize(
-    ("changed", "field"),
-    [
-        (["--model.lora.init_lora_weights", "pissa"], "init_lora_weights"),
-        (["--model.lora.use_rslora", "true"], "use_rslora"),
-        (["--model.lora.alpha_pattern", "{q_proj: 32}"], "alpha_pattern"),
-    ],
-)
-def test_an_adapter_is_not_put_on_another_base_or_scale(
-    command_line: CommandLine, fit_args: list[str], changed: list[str], field: str
-) -> None:
-    args = [*fit_args, "--model.lora.r", "4", "--model.lora.target_modules", '["q_proj"]']
-    assert command_line("fit", *args, "--trainer.max_steps", "2").code == 0
-    refused = command_line("test", *args, *changed, "--ckpt_path", "last")
-    assert refused.code == 2
-    assert f"has {field} " in refused.err
-
-
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        (["--model.lora.init_lora_weights", "pissa", "--model.quantization", "nf4"],
-         "pissa changes the base's weights, and nf4 weights stay as they are"),
-        (["--model.lora.init_lora_weights", "loftq"], "loftq"),
-        (["--model.lora.init_lora_weights", "loftq", "--model.lora.loftq_config.loftq_bits", "4"], "loftq"),
-        (["--model.lora.init_lora_weights", "eva"], "eva is not possible: it needs a pass over the data"),
-        (["--model.lora.target_modules", '["q_prj"]'],
-         "['q_prj'] are not in this LlamaForCausalLM; its linear layers are named: down_proj, gate_proj, k_proj"),
-    ],
-)  # fmt: skip
-def test_lora_settings_that_cannot_be_had_are_refused(
-    command_line: CommandLine, fit_args: list[str], settings: list[str], told: str
-) -> None:
-    refused = command_line("fit", *fit_args, *settings)
-    assert refused.code == 2
-    assert told in refused.err
-    print(refused.err)

@@ -16,6 +16,8 @@ DROPOUT = ["--model.config.attention_dropout", "0.1", "--trainer.gradient_clip_v
 LORA = ["--model.lora.r", "4", "--model.lora.lora_dropout", "0.1"]
 LORA += ["--model.lora.target_modules", '["q_proj", "v_proj"]']
 
+QLORA = ["--model.quantization", "nf4", "--model.lora", "auto"]
+
 
 def stop_at(step: int) -> list[str]:
     return ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", str(step)]
@@ -35,7 +37,7 @@ def test_resuming_after_a_defect_equals_the_straight_run(
     assert_same_run(straight, resumed)
 
 
-@pytest.mark.parametrize("settings", [DROPOUT, LORA, ["--data.num_workers", "2"]])
+@pytest.mark.parametrize("settings", [DROPOUT, LORA, QLORA, ["--data.num_workers", "2"]])
 def test_resuming_after_sigkill_equals_the_straight_run(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, settings: list[str]
 ) -> None:
