@@ -1,0 +1,58 @@
+"""Phi-2's shape at random weights under the shipped experiment: the memory of one row of 1,024 tokens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import REPOSITORY, TOKENIZER, CommandLine, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
+
+PUBLISHED_GB = 5.67  # a published run of this model on this task
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def test_phi2_xsum_fits_a_small_gpu(command_line: CommandLine, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    config = PhiConfig(
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        partial_rotary_factor=0.4,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path / "phi-2"
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = {}
+    for split in ("train", "validation", "test"):
+        rows = [{"document": f"{i} " + "satu " * 1500, "summary": "dua " * 30} for i in range(32)]
+        files[split] = str(write_rows(tmp_path / f"{split}.jsonl", rows))
+    outcome = command_line(
+        *("fit", "--config", REPOSITORY / "configs" / "phi2_xsum.yaml"),
+        *("--model.model_name_or_path", folder, "--data.path", files, "--data.revision", "null"),
+        *(
+            "--trainer.max_steps",
+            "3",
+            "--trainer.log_every_n_steps",
+            "1",
+            "--generations.rows",
+            "0",
+        ),
+    )
+    assert outcome.code == 0, outcome.err
+    assert outcome.run("phi2_xsum").read()["num_tokens"]["train"] == 32 * 1024
+    peak = max(float(row["perf/vram_peak_gib"] or 0) for row in outcome.metrics("phi2_xsum"))
+    gigabytes = peak * 2**30 / 1e9
+    print(
+        f"\nphi2_xsum, one row of 1,024: peak {gigabytes:.2f} GB allocated; published {PUBLISHED_GB} GB"
+    )
+    assert gigabytes < PUBLISHED_GB
