@@ -26,6 +26,7 @@ from fine_tune.callbacks.early_stopping import EarlyStopping  # noqa: E402
 from fine_tune.callbacks.generations import Generations  # noqa: E402
 from fine_tune.callbacks.progress import TrainingProgress  # noqa: E402
 from fine_tune.callbacks.run_record import RunRecord  # noqa: E402
+from fine_tune.callbacks.test_openings import TestOpenings  # noqa: E402
 from fine_tune.checkpoint import FolderCheckpointIO  # noqa: E402
 from fine_tune.config_check import check_settings, innermost  # noqa: E402
 from fine_tune.errors import UserError, nearest  # noqa: E402
@@ -233,7 +234,9 @@ class FineTuneCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         progress = TrainingProgress(bar=self.settings.trainer.enable_progress_bar is not False)
-        return super()._instantiate_trainer(config, [*callbacks, progress, RunRecord()])
+        return super()._instantiate_trainer(
+            config, [*callbacks, progress, TestOpenings(), RunRecord()]
+        )
 
     def _check_before_weights(self) -> None:
         """Prepare the data and hold everything against everything that needs no weights."""
@@ -281,6 +284,9 @@ class FineTuneCLI(LightningCLI):
         record = self.place.run.read() if self.place.run is not None else {}
         if record.get("status") == "finished" and record.get("num_steps", 0) >= self.plan.num_steps:
             log.info("this run is finished; extend it with --data.epochs or --trainer.max_steps")
+            tested = any(result["split"] == "test" for result in record.get("results", []))
+            if self.settings.test_at_end and not tested:
+                self.test(model, datamodule)
             return
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=_text(self.place.checkpoint))
         seconds = time.monotonic() - start

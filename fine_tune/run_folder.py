@@ -72,24 +72,6 @@ def run_of(trainer: Any) -> RunFolder:
     )
 
 
-def test_openings(logs: Path, test_hash: str) -> list[dict[str, Any]]:
-    """List every opening of a sealed test split over all runs, oldest first.
-
-    Args:
-        logs: The folder ``lightning_logs``.
-        test_hash: The test split's.
-
-    Returns:
-        Per opening ``time``, ``run``, ``checkpoint`` and, if it came to one, ``result``.
-    """
-    openings = []
-    for record in logs.glob(f"*/version_*/{RECORD}"):
-        run = RunFolder(record.parent)
-        of_run = [o for o in run.read().get("test_openings", []) if o["test_hash"] == test_hash]
-        openings += [{**opening, "run": str(run.path)} for opening in of_run]
-    return sorted(openings, key=lambda opening: str(opening["time"]))
-
-
 def check_name(name: str) -> None:
     """Refuse a run name that could leave the run root or upset a shell.
 

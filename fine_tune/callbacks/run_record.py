@@ -1,6 +1,5 @@
 """What became of the run: status, environment and results, kept in the run folder's ``run.json``."""
 
-import logging
 import platform
 import subprocess
 import sys
@@ -13,10 +12,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import plan_of
-from fine_tune.run_folder import run_of, test_openings
+from fine_tune.run_folder import run_of
 
-log = logging.getLogger("fine_tune")
-SHOWN_OPENINGS = 5
 PACKAGES = (
     "fine-tune",
     "torch",
@@ -75,19 +72,6 @@ class RunRecord(Callback):
                 else "failed",
             )
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record that the sealed test split was opened, before anything is measured on it."""
-        test_hash = plan_of(trainer).test_hash
-        if trainer.is_global_zero and test_hash is not None:
-            run = run_of(trainer)
-            earlier = test_openings(run.path.parents[1], test_hash)
-            opening = {"time": _now(), "test_hash": test_hash, "checkpoint": _checkpoint(trainer)}
-            run.update({"test_openings": [*run.read().get("test_openings", []), opening]})
-            count = _ordinal(len(earlier) + 1)
-            log.info("test split %s: opened for the %s time", test_hash[:8], count)
-            for opening in earlier[-SHOWN_OPENINGS:]:
-                log.info("  %s  %s  %s", opening["time"], opening["run"], _shown(opening))
-
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._result(trainer, "test")
 
@@ -110,13 +94,9 @@ class RunRecord(Callback):
                 for name, value in trainer.callback_metrics.items()
                 if "/" in name
             }
-            record = run.read()
-            entry = {"time": _now(), "split": split, "checkpoint": _checkpoint(trainer)}
-            changes = {"results": [*record.get("results", []), {**entry, "metrics": metrics}]}
-            if split == "test" and record.get("test_openings"):
-                *before, opening = record["test_openings"]
-                changes["test_openings"] = [*before, {**opening, "result": metrics}]
-            run.update(changes)
+            checkpoint = Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else None
+            entry = {"time": _now(), "split": split, "checkpoint": checkpoint, "metrics": metrics}
+            run.update({"results": [*run.read().get("results", []), entry]})
 
 
 def environment() -> dict[str, Any]:
@@ -144,23 +124,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None
-
-
-def _checkpoint(trainer: Trainer) -> str | None:
-    return Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else None
-
-
-def _shown(opening: dict[str, Any]) -> str:
-    result = opening.get("result") or {}
-    tested = [f"{name} {value:.4g}" for name, value in result.items() if name.startswith("test/")]
-    return "  ".join(tested) or "no result"
-
-
-def _ordinal(number: int) -> str:
-    ending = (
-        "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    )
-    return f"{number}{ending}"
 
 
 def _patience_out(callback: Any) -> bool:

@@ -144,7 +144,7 @@ def _rows(data: Any, show: int) -> Iterator[Text]:
     special = set(data.tokenizer.all_special_ids)
     for index in range(min(show, len(rows))):
         row = rows[index]
-        shown = Text(f"row {row['row_id'] + 1}: {len(row['input_ids'])} tokens, ")
+        shown = Text(f"row id {row['row_id']}: {len(row['input_ids'])} tokens, ")
         shown.append(f"supervised {row['num_supervised']}", style="bold green").append("\n")
         for ids, supervised in _runs(row["input_ids"], row["labels"]):
             stop = supervised and ids[-1] in special

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import regex
 
-_ASCII_WORD = re.compile(r"[^\W_]+|[-$%*+/<=>^`|~]")
+_ASCII_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|[-#$%&*+/<=>@^`|~]")
 _UNSPACED = r"[[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]&&\p{L}]"
 # A letter keeps its marks: `\w` alone would break Devanagari and pointed Arabic at every vowel sign.
 _WORD = regex.compile(
-    rf"(?V1){_UNSPACED}\p{{M}}*|(?:[[\p{{L}}\p{{N}}]--{_UNSPACED}]\p{{M}}*)+|[\p{{S}}%*/-]"
+    rf"(?V1)\d+(?:[.,]\d+)+|{_UNSPACED}\p{{M}}*|(?:[[\p{{L}}\p{{N}}]--{_UNSPACED}]\p{{M}}*)+|[\p{{S}}#%&*/@-]"
 )
 _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200c\u200d"))  # soft hyphen, (non-)joiners
 

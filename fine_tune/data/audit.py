@@ -41,7 +41,9 @@ def audit(
         "empty_completions": num_empty,
         "tokens": int(train["tokens"].sum()),
         "supervised_tokens": supervised,
-        "length": length_statistics(train["tokens"][kept]),
+        "length": length_statistics(
+            (train["tokens"] + train["num_cut"])[kept]
+        ),  # before truncation
         "supervised_length": length_statistics(train["num_supervised"][kept]),
         "truncated_rows_share": float((train["num_cut"][kept] > 0).mean()),
         "supervised_tokens_lost_share": lost / (lost + supervised),

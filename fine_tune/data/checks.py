@@ -1,8 +1,9 @@
 """What can be wrong with the data module's settings, told before anything is read."""
 
 from fine_tune.data.formats import FormatName
+from fine_tune.data.options import Split
 from fine_tune.data.sources import Source
-from fine_tune.data.split import SPLITS
+from fine_tune.data.split import SPLITS, check_split
 from fine_tune.errors import UserError
 
 
@@ -38,19 +39,30 @@ def listed_sources(
     return sources
 
 
-def check_numbers(
-    sizes: dict[str, int | None], *, num_workers: int, seed: int, near_duplicates: float
-) -> None:
-    """Refuse numbers outside their ranges, all at once.
+def check_settings(
+    sizes: dict[str, int | None],
+    *,
+    num_workers: int,
+    seed: int,
+    near_duplicates: float,
+    split: Split | None,
+    max_rows: int | dict[str, int] | None,
+) -> dict[str, int]:
+    """Refuse what cannot be meant, all at once.
 
     Args:
         sizes: What must be at least 1, by its key; None is left open.
         num_workers: Processes; not negative.
         seed: From 0 up to 2^63.
         near_duplicates: A similarity above 0 and up to 1.
+        split: Checked by ``check_split``.
+        max_rows: One number, or one per split.
+
+    Returns:
+        The most rows each split may have.
 
     Raises:
-        UserError: One line per number.
+        UserError: One line per problem.
     """
     problems = [
         f"data.{key}: must be at least 1, got {size}"
@@ -65,20 +77,17 @@ def check_numbers(
         problems.append(
             f"data.near_duplicates: a similarity lies above 0 and up to 1, got {near_duplicates}"
         )
-    if problems:
-        raise UserError(*problems)
-
-
-def rows_per_split(max_rows: int | dict[str, int] | None) -> dict[str, int]:
-    """Return the most rows each split may have, given as one number or one per split.
-
-    Raises:
-        UserError: An unknown split, or a number below 1.
-    """
+    if isinstance(split, dict):
+        try:
+            check_split(split)
+        except UserError as error:
+            problems += error.problems
     given = dict.fromkeys(SPLITS, max_rows) if isinstance(max_rows, int) else max_rows
     limits = dict(given or {})
     if any(name not in SPLITS or limit < 1 for name, limit in limits.items()):
-        raise UserError(
+        problems.append(
             f"data.max_rows: {max_rows}; give a number above 0, or one for each of {', '.join(SPLITS)}"
         )
+    if problems:
+        raise UserError(*problems)
     return limits

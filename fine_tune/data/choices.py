@@ -23,11 +23,14 @@ def longest_up_to_128(longest_row: int, cap: int) -> int:
     return min(cap, -(-longest_row // 128) * 128)
 
 
-def choose(lengths: np.ndarray, *, max_length: int, length_cap: int) -> dict[str, Choice]:
+def choose(
+    lengths: np.ndarray, *, longest_row: int, max_length: int, length_cap: int
+) -> dict[str, Choice]:
     """Choose every dynamic setting.
 
     Args:
         lengths: Tokens of each training row.
+        longest_row: Tokens of the longest of them, before truncation.
         max_length: The one in force, chosen by ``longest_up_to_128`` or given.
         length_cap: Positions of the model, at most 32,768.
 
@@ -41,9 +44,11 @@ def choose(lengths: np.ndarray, *, max_length: int, length_cap: int) -> dict[str
     )
     micro, accumulation = next((m, a) for above, m, a in ROWS_BY_P95 if p95 > above)
     capped = f", held to {length_cap:,}" if longest >= length_cap else ", up to a multiple of 128"
+    if longest_row > longest:
+        capped = f", held to {length_cap:,} by the model's positions"
     checkpointing = longest > 4_000 or mean > 2_000
     choices: dict[str, tuple[Any, str]] = {
-        "data.max_length": (max_length, f"longest training row {longest:,} tokens{capped}"),
+        "data.max_length": (max_length, f"longest training row {longest_row:,} tokens{capped}"),
         "data.batch_size": (
             micro * accumulation,
             f"95 % of the training rows have up to {p95:,.0f} tokens: {micro} rows x {accumulation}",

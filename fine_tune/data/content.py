@@ -1,15 +1,30 @@
-"""What a row itself says: its own words, without those that templates and system turns give to every row.
+"""What a row itself says: its own words, without those that a template gives to every row.
 
 Rows are split and compared by them, so that another wording of the template moves nobody to another side.
 """
 
 import string
+from typing import NamedTuple
 
 from fine_tune.data.formats import FORMATS, Example, FormatName, Row, Templates, field_text
 
 
-def own_words(row: Row, format_name: FormatName, templates: Templates) -> tuple[str, str]:
-    """Return what a row asks and what it answers; plain text only answers.
+class OwnWords(NamedTuple):
+    """What a row's system turn says, what it asks and what it answers; plain text only answers."""
+
+    system: str
+    asked: str
+    answered: str
+
+    @property
+    def prompt(self) -> str:
+        """What keeps rows together: all that comes before the answer, or the answer where nothing does."""
+        said = [part for part in (self.system, self.asked) if part.strip()]
+        return "\n".join(said) or self.answered
+
+
+def own_words(row: Row, format_name: FormatName, templates: Templates) -> OwnWords:
+    """Return what a row itself says.
 
     Raises:
         RowError: The row does not have what its format wants.
@@ -23,15 +38,18 @@ def own_words(row: Row, format_name: FormatName, templates: Templates) -> tuple[
                 ("completion", templates.completion),
             )
         )
-        return asked, answered
+        return OwnWords("", asked, answered)
     if format_name == "alpaca":
-        return f"{row['instruction']}\n{row.get('input') or ''}", str(row["output"])
+        return OwnWords("", f"{row['instruction']}\n{row.get('input') or ''}", str(row["output"]))
     if "text" in example:
-        return "", example["text"]
-    turns = [turn for turn in example["messages"] if turn["role"] != "system"]
+        return OwnWords("", "", example["text"])
+    turns = example["messages"]
     said = [str(turn.get("content") or turn.get("tool_calls") or "") for turn in turns]
-    first_answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    return "\n".join(said[:first_answer]), "\n".join(said[first_answer:])
+    first = 1 if turns[0]["role"] == "system" else 0
+    answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    return OwnWords(
+        "\n".join(said[:first]), "\n".join(said[first:answer]), "\n".join(said[answer:])
+    )
 
 
 def _fields(key: str, template: str | None) -> list[str]:

@@ -10,18 +10,19 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.batches import DataPlan
-from fine_tune.data.checks import check_numbers, listed_sources, rows_per_split
+from fine_tune.batches import DataPlan, SFTBatch
+from fine_tune.data.checks import check_settings, listed_sources
 from fine_tune.data.choices import LENGTH_LIMIT, choose
 from fine_tune.data.collate import SFTCollator
 from fine_tune.data.encode import AssistantTurns, Truncation
 from fine_tune.data.encode_rows import column, token_counts
 from fine_tune.data.formats import FormatName
 from fine_tune.data.options import EmptyCompletions, Options, Split
-from fine_tune.data.prepare import PreparedData, prepare
+from fine_tune.data.prepare import prepare
+from fine_tune.data.sealed import SealedTest
 from fine_tune.data.sources import Source
-from fine_tune.data.split import check_split
 from fine_tune.data.steps import StepLoader, StepSampler, evaluation_batches, rows_per_epoch
+from fine_tune.data.token_cache import PreparedData
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
 
@@ -58,7 +59,7 @@ class SFTData(LightningDataModule):
             within splits. 1: only those with the same words.
         drop_leaked: Leave training rows out that stand, exactly or nearly, in validation or test.
         empty_completions: Rows without an answer: ``error`` refuses them, ``drop`` leaves them out.
-        max_rows: At most so many rows per split (the first ones): ``{train: 5000}`` or one number for all.
+        max_rows: At most so many rows per split of each source (the first ones): ``{train: 5000}``, or one number.
         eval_batch_size: Rows per validation or test batch; the result does not depend on it. None: ``batch_size``.
         num_workers: Processes that prepare batches ahead, per device.
         seed: Decides the order of the rows; the splits do not depend on it.
@@ -105,9 +106,14 @@ class SFTData(LightningDataModule):
             "epochs": epochs,
             "eval_batch_size": eval_batch_size,
         }
-        check_numbers(sizes, num_workers=num_workers, seed=seed, near_duplicates=near_duplicates)
-        if isinstance(split, dict):
-            check_split(split)
+        limits = check_settings(
+            sizes,
+            num_workers=num_workers,
+            seed=seed,
+            near_duplicates=near_duplicates,
+            split=split,
+            max_rows=max_rows,
+        )
         self.options = Options(
             max_length=max_length,
             length_cap=LENGTH_LIMIT,
@@ -116,7 +122,7 @@ class SFTData(LightningDataModule):
             split=split,
             group_by=group_by,
             stratify_by=stratify_by,
-            max_rows=rows_per_split(max_rows),
+            max_rows=limits,
             empty_completions=empty_completions,
             near_duplicates=near_duplicates,
             drop_leaked=drop_leaked,
@@ -158,6 +164,11 @@ class SFTData(LightningDataModule):
         assert self._prepared is not None
         return self._prepared
 
+    @property
+    def sealed_test(self) -> SealedTest | None:
+        """The sealed test split: its hash and its openings; its rows only while ``test`` runs."""
+        return self.prepared.test
+
     def prepare_data(self) -> None:
         """Read, split and tokenize, or open the cache: before weights load and before processes start."""
         if self._prepared is None:
@@ -173,7 +184,7 @@ class SFTData(LightningDataModule):
         if stage == "test":
             if self._fitting:
                 raise UserError(f"data: {SEALED}")
-            self._test_rows = self.prepared.open_test() if self.prepared.test_folder else None
+            self._test_rows = self.prepared.test.open() if self.prepared.test else None
         self._fitting = self._fitting or stage == "fit"
 
     def teardown(self, stage: str) -> None:
@@ -190,7 +201,12 @@ class SFTData(LightningDataModule):
         """
         prepared, counts = self.prepared, self.prepared.facts["splits"]
         cap = self.options.length_cap
-        choices = choose(self.lengths("train"), max_length=prepared.max_length, length_cap=cap)
+        choices = choose(
+            self.lengths("train"),
+            longest_row=prepared.facts["audit"]["length"]["max"],
+            max_length=prepared.max_length,
+            length_cap=cap,
+        )
         batch_size = self.batch_size or choices["data.batch_size"].value
         rows_of_epoch = rows_per_epoch(column(prepared.rows["train"], "weight"))
         steps_per_epoch = -(-rows_of_epoch // batch_size)
@@ -209,7 +225,7 @@ class SFTData(LightningDataModule):
             num_steps=planned_steps if max_steps < 0 else min(planned_steps, max_steps),
             planned_steps=planned_steps,
             largest_token_id=max(of_split["largest_token_id"] for of_split in counts.values()),
-            test_hash=prepared.facts["test_hash"],
+            test_hash=prepared.facts.get("test_hash"),
             choices=choices,
             notes=prepared.facts["notes"] + ["tokens from the cache"] * prepared.cached,
         )
@@ -250,6 +266,15 @@ class SFTData(LightningDataModule):
     def lengths(self, split: str) -> np.ndarray:
         """Return the number of tokens of each row of a split."""
         return token_counts(self.rows(split))
+
+    def longest_rows(self, split: str) -> SFTBatch:
+        """Return the worst batch of a split on this rank: as many of its longest rows as a batch holds."""
+        ranks = self.trainer.world_size if self.trainer is not None else 1
+        of_step = -(-self.plan.batch_size // ranks)
+        count = of_step if split == "train" else self.eval_batch_size or self.plan.batch_size
+        longest = np.argsort(-self.lengths(split), kind="stable")[:count]
+        rows = _view(self.rows(split))
+        return self._collator()([rows[int(i)] for i in longest])
 
     def train_dataloader(self) -> StepLoader:
         rows = self.rows("train")

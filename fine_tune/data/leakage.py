@@ -1,6 +1,6 @@
 """Rows that stand, exactly or nearly, in two splits or twice in one, compared by what they say without templates."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations, islice, product
@@ -15,7 +15,7 @@ from fine_tune.data.parts import Part
 from fine_tune.data.sources import path_of
 from fine_tune.data.split import SPLITS
 
-MAX_LISTED_PAIRS = 10_000
+MAX_LISTED_PAIRS, MAX_LISTED_OF_ROW = 10_000, 20
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Leakage:
 
     Args:
         threshold: Jaccard similarity of word pairs from which two rows are near-duplicates.
-        between: For ``train/validation`` and so on, the rows of each side that stand exactly or nearly on the other.
+        between: For ``train/validation`` and so on, the rows of each side that the other has too: with the same words
+            (exact), or nearly.
         within: Rows of a split that repeat an earlier one, and rows nearly equal to another one.
         num_pairs: Pairs between splits.
         pairs: The first of them: split, source and row (from 1) of both sides, and the similarity.
@@ -104,9 +105,13 @@ def leakage_notes(leakage: Leakage) -> list[str]:
         if any(sides[second].values()):
             drop = "; --data.drop_leaked true leaves them out of train"
             notes.append(
-                f"WARNING: {sides[second]['exact']:,} rows of {second} stand in {first} too, and "
-                f"{sides[second]['near']:,} nearly{drop if first == 'train' else ''}"
+                f"WARNING: {sides[second]['exact']:,} rows of {second} say in the same words what rows of {first} say, "
+                f"{sides[second]['near']:,} nearly so{drop if first == 'train' else ''}"
             )
+    if leakage.num_capped:
+        notes.append(
+            f"{leakage.num_capped:,} rows have more near-duplicates than were looked at: their counts are lower bounds"
+        )
     if leakage.dropped_from_train:
         notes.append(
             f"{leakage.dropped_from_train:,} rows left out of train: they stand in another split too"
@@ -115,9 +120,16 @@ def leakage_notes(leakage: Leakage) -> list[str]:
 
 
 def _texts(part: Part) -> Iterator[str]:
-    for start in range(0, len(part.rows), 1000):
-        for row in rows_of(part.rows[start : start + 1000]):
-            yield "\n".join(own_words(row, part.format_name, part.source.templates))
+    said = [
+        own_words(row, part.format_name, part.source.templates)
+        for start in range(0, len(part.rows), 1000)
+        for row in rows_of(part.rows[start : start + 1000])
+    ]
+    # A system turn that most rows share says nothing of a row; one of its own may hold the text it is about.
+    systems = Counter(words.system for words in said)
+    shared = {system for system, count in systems.items() if 2 * count > len(said) > 1}
+    for words in said:
+        yield "\n".join(words[1:] if words.system in shared else words)
 
 
 def _num_pairs_between(found: NearDuplicates, splits: np.ndarray) -> int:
@@ -141,7 +153,7 @@ def _pairs_between(found: NearDuplicates, splits: np.ndarray) -> Iterator[tuple[
             sides = {(one, other), (other, one)}
             for a, b in sides:
                 found_here = product(rows.get((a, low), ()), rows.get((b, high), ()))
-                yield from ((i, j, similarity) for i, j in found_here)
+                yield from ((i, j, similarity) for i, j in islice(found_here, MAX_LISTED_OF_ROW))
 
 
 def _place(part: Part, index: int) -> dict[str, Any]:

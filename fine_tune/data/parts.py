@@ -133,24 +133,27 @@ def shared_prompts(parts: list[Part]) -> list[str]:
     return notes
 
 
-def field_value(row: Row, name: str) -> str:
+def field_value(row: Row, name: str, key: str) -> str:
     """Return a field that rows are grouped or stratified by, as text.
 
     Raises:
-        RowError: The row has no such field, or null in it.
+        RowError: The row has no such field, or null in it; ``key`` is the setting that names it.
     """
-    if name not in row:
-        raise RowError(f"the field '{name}' is missing; the row has {sorted(row)}")
-    if row[name] is None:
-        raise RowError(f"the field '{name}' is null; every row needs a value to be split by")
+    if row.get(name) is None:
+        has = "is null" if name in row else f"is missing, the row has {sorted(row)}"
+        raise RowError(f"{key}: the field '{name}' {has}{nearest(name, list(row))}")
     return str(row[name])
+
+
+def shortened(value: str) -> str:
+    """Return a value, or the beginning and the hash of one too long for a name."""
+    return value if len(value) <= 60 else f"{value[:40]}... {group_hash(value):x}"
 
 
 def _read_part(
     rows: Dataset, source: Source, split: str, found_in: str, first_id: int, options: Options
 ) -> tuple[Part, int]:
     format_name = _format_of(rows, source)
-    _check_fields(rows, source, options)
     positions: list[int] = []
     groups, prompts, strata, errors, num_empty = [], [], [], [], 0
     wanted = options.max_rows.get(split, len(rows))  # all of "all", which is still to be split
@@ -159,10 +162,13 @@ def _read_part(
             break
         for i, row in enumerate(rows_of(rows[start : start + 1000]), start=start):
             try:
-                asked, answered = own_words(row, format_name, source.templates)
-                prompt = asked if asked.strip() else answered
-                group = field_value(row, options.group_by) if options.group_by else prompt
-                strata.append(field_value(row, options.stratify_by) if options.stratify_by else "")
+                prompt = own_words(row, format_name, source.templates).prompt
+                group = prompt
+                if options.group_by:
+                    group = field_value(row, options.group_by, "data.group_by")
+                stratum = ""
+                if options.stratify_by:
+                    stratum = shortened(field_value(row, options.stratify_by, "data.stratify_by"))
             except RowError as error:
                 if isinstance(error, EmptyCompletion) and options.empty_completions == "drop":
                     num_empty += 1
@@ -172,6 +178,7 @@ def _read_part(
                     raise UserError(*errors) from error
                 continue
             positions.append(i)
+            strata.append(stratum)
             groups.append(group_hash(group))
             prompts.append(group_hash(prompt))
     if errors:
@@ -216,7 +223,9 @@ def _notes(to_split: list[Part], options: Options, num_empty: int) -> list[str]:
     exact = isinstance(options.split, dict) and is_counts(options.split)
     if exact or options.stratify_by:
         how = "row counts" if exact else "strata"
-        notes.append(f"split by {how}: sizes are exact, but adding rows may move boundary rows")
+        notes.append(
+            f"split by {how}: exact up to whole groups; adding rows may move boundary rows"
+        )
     return notes
 
 
@@ -238,17 +247,6 @@ def _check_found(source: Source, tables: dict[str, Dataset], split: Split | None
             f"data.split: {split}, but {source.label} has splits of its own ({', '.join(tables)}); "
             "use them (existing), or train on all of them (none)"
         )
-
-
-def _check_fields(rows: Dataset, source: Source, options: Options) -> None:
-    fields = fields_of(rows)
-    problems = [
-        f"data.{key}: {source.label} has no field '{name}', it has {sorted(fields)}{nearest(name, fields)}"
-        for key, name in (("group_by", options.group_by), ("stratify_by", options.stratify_by))
-        if name is not None and name not in fields
-    ]
-    if problems:
-        raise UserError(*problems)
 
 
 def _hint(error: RowError) -> str:

@@ -1,52 +1,126 @@
 """The sealed test split: preparation writes it apart, and only ``test`` (or the end of ``fit``) opens it.
 
-Its hash is the identity of its rows, whatever model, tokenizer or template reads them, so that openings are counted
-for the data and not for one way to look at it.
+Its identity is what its rows say, whatever model, tokenizer or template reads them, so that openings are counted for
+the data and not for one way to look at it.
 """
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, load_from_disk
 
+from fine_tune.data.content import own_words
 from fine_tune.data.files import rows_of
 from fine_tune.data.parts import Part
 from fine_tune.errors import UserError
 
+ROWS_FILE = (
+    "rows.json"  # digests of the rows, to see which were opened before as part of another split
+)
+OPENINGS_FILE = "openings.jsonl"
 
-def test_rows_hash(parts: Iterable[Part]) -> str:
-    """Hash the content of raw rows: SHA-256 over their sorted digests, so their order does not matter."""
-    digests = sorted(
-        hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).digest()
+
+def row_digests(parts: Iterable[Part]) -> list[str]:
+    """Return the digest of what each row says, sorted, so that their order does not matter."""
+    return sorted(
+        hashlib.sha256(
+            repr(own_words(row, part.format_name, part.source.templates)).encode("utf-8", "replace")
+        ).hexdigest()[:16]
         for part in parts
         for start in range(0, len(part.rows), 1000)
         for row in rows_of(part.rows[start : start + 1000])
     )
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
-def seal(rows: Dataset, folder: Path) -> str:
-    """Write encoded test rows apart; return the digest that opening them is held against."""
-    rows.save_to_disk(str(folder))
-    return _digest(load_from_disk(str(folder)))
+@dataclass(frozen=True)
+class SealedTest:
+    """A test split on disk.
 
-
-def open_sealed(folder: Path, digest: str) -> Dataset:
-    """Open the sealed test split.
-
-    Raises:
-        UserError: Its rows are not those that were sealed.
+    Args:
+        folder: ``<cache>/test_splits/<hash>``, the same for every way to encode its rows.
+        key: The way they are encoded here.
+        digest: Of the encoded rows, to see that nobody changed them.
     """
-    rows = load_from_disk(str(folder))
-    if _digest(rows) != digest:
-        raise UserError(
-            f"{folder}: the sealed test split was changed since it was prepared; delete that folder, "
-            "and it is prepared anew from the data"
+
+    folder: Path
+    key: str
+    digest: str
+
+    @property
+    def hash(self) -> str:
+        """The identity of the rows."""
+        return self.folder.name
+
+    @classmethod
+    def write(cls, root: Path, rows: Dataset, row_digests: list[str], key: str) -> dict[str, str]:
+        """Write encoded test rows apart; return what ``at`` finds them by."""
+        folder = root / hashlib.sha256("".join(row_digests).encode()).hexdigest()[:32]
+        unfinished = folder / f"{key}.unfinished-{os.getpid()}"
+        rows.save_to_disk(str(unfinished))
+        digest = _digest(load_from_disk(str(unfinished)))
+        (folder / ROWS_FILE).write_text(json.dumps(row_digests))
+        shutil.rmtree(folder / key, ignore_errors=True)
+        unfinished.rename(folder / key)
+        return {"test_hash": folder.name, "test_digest": digest}
+
+    @classmethod
+    def at(cls, root: Path, facts: dict[str, Any], key: str) -> "SealedTest | None":
+        """Find the sealed split of some prepared data; None if it has no test split.
+
+        Raises:
+            OSError: It is not where it was written.
+        """
+        if "test_hash" not in facts:
+            return None
+        sealed = cls(root / facts["test_hash"], key, facts["test_digest"])
+        if not (sealed.folder / key).is_dir():
+            raise FileNotFoundError(sealed.folder / key)
+        return sealed
+
+    def open(self) -> Dataset:
+        """Return the rows.
+
+        Raises:
+            UserError: They are not those that were sealed.
+        """
+        try:
+            rows = load_from_disk(str(self.folder / self.key))
+            same = _digest(rows) == self.digest
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.folder / self.key}: the sealed test split was changed since it was prepared; delete that "
+                "folder, and it is prepared anew from the data"
+            )
+        return rows
+
+    def note_opening(self, opening: dict[str, Any]) -> None:
+        """Append an opening, or its result, to what is known of this split."""
+        with open(self.folder / OPENINGS_FILE, "a") as handle:
+            handle.write(json.dumps(opening) + "\n")
+
+    def openings(self) -> list[dict[str, Any]]:
+        """List what was noted of openings, oldest first."""
+        file = self.folder / OPENINGS_FILE
+        return (
+            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         )
-    return rows
+
+    def rows_opened_before(self) -> int:
+        """Count the rows of this split that were opened as part of another one."""
+        mine, seen = set(json.loads((self.folder / ROWS_FILE).read_text())), set()
+        for other in self.folder.parent.iterdir():
+            if other != self.folder and (other / OPENINGS_FILE).is_file():
+                seen |= set(json.loads((other / ROWS_FILE).read_text()))
+        return len(mine & seen)
 
 
 def _digest(rows: Dataset) -> str:

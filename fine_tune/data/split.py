@@ -30,9 +30,11 @@ def check_split(split: dict[str, float]) -> None:
     unknown = [name for name in split if name not in SPLITS]
     if unknown:
         raise UserError(f"data.split: unknown split {unknown}; allowed: {', '.join(SPLITS)}")
-    if any(not size >= 0 for size in split.values()):
-        raise UserError(f"data.split: {split} holds a negative size")
+    if any(not 0 <= size < float("inf") for size in split.values()):
+        raise UserError(f"data.split: {split} holds a negative or infinite size")
     if is_counts(split):
+        if any(size != int(size) for size in split.values()):
+            raise UserError(f"data.split: {split} mixes row counts with shares; give one kind")
         if "train" in split:
             raise UserError(
                 "data.split: with row counts, give validation and test; all other rows train"
@@ -69,12 +71,14 @@ def assign_splits(
     scale = 1 if is_counts(split) else len(hashes)
     wanted = {name: round(split.get(name, 0) * scale) for name in ("test", "validation")}
     groups, group_of_row, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+    strata_names = np.array([""]) if strata is None else np.unique(strata)
     codes = _strata_of_groups(group_of_row, len(groups), strata)
     side = np.zeros(len(groups), dtype=np.int8)
     for name, count in wanted.items():
         index = SPLITS.index(name)
-        rows_of_strata = np.bincount(codes, weights=sizes)
-        for stratum, quota in enumerate(_quotas(rows_of_strata, count)):
+        rows_of_strata = np.bincount(codes, weights=sizes, minlength=len(strata_names))
+        order = np.array([group_hash(f"{name} {stratum}") for stratum in strata_names])
+        for stratum, quota in enumerate(_quotas(rows_of_strata, count, order)):
             _fill(side, sizes, np.flatnonzero(codes == stratum), index, quota)
         _fill(side, sizes, np.arange(len(groups)), index, count - int(sizes[side == index].sum()))
     return side[group_of_row]
@@ -82,7 +86,8 @@ def assign_splits(
 
 def is_counts(split: dict[str, float]) -> bool:
     """Whether a split gives row counts, not ratios."""
-    return any(size > 1 for size in split.values())
+    without_train = "train" not in split and all(size == int(size) for size in split.values())
+    return without_train or any(size > 1 for size in split.values())
 
 
 def recommended_ratios(num_rows: int) -> dict[str, float]:
@@ -116,10 +121,11 @@ def _strata_of_groups(
     return chosen
 
 
-def _quotas(rows_of_strata: np.ndarray, count: int) -> list[int]:
-    # largest remainders: 10 of strata of 55, 25 and 20 rows are 5.5, 2.5 and 2.0, so 6, 2 and 2
+def _quotas(rows_of_strata: np.ndarray, count: int, order: np.ndarray) -> list[int]:
+    # largest remainders: 10 of strata of 55, 25 and 20 rows are 5.5, 2.5 and 2.0, so 6, 2 and 2 or 5, 3 and 2; equal
+    # remainders go by ``order``, or strata that are early in the alphabet would fill every split
     exact = rows_of_strata * (count / rows_of_strata.sum())
     quotas = np.floor(exact).astype(np.int64)
-    most_missing = np.argsort(quotas - exact, kind="stable")
+    most_missing = np.lexsort((order, np.round(quotas - exact, 9)))
     quotas[most_missing[: count - int(quotas.sum())]] += 1
     return [int(quota) for quota in quotas]

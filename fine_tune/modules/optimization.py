@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from transformers import get_scheduler
 
+from fine_tune.errors import UserError
+
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 _HF_SCHEDULES = {
     "cosine": "cosine",
@@ -29,7 +31,7 @@ def parameter_groups(
         split_lora_b: Keep LoRA's B matrices apart, for a learning rate of their own.
 
     Returns:
-        Up to three groups that are not empty; those of B matrices and vectors are marked ``lora_b`` if split.
+        Up to three groups that are not empty.
     """
     named = [(name, p) for name, p in parameters if p.requires_grad]
     matrices = [(".lora_B." in name, p) for name, p in named if p.ndim >= 2]
@@ -42,8 +44,8 @@ def parameter_groups(
     else:
         groups = [
             {"params": [p for is_b, p in matrices if not is_b]},
-            {"params": [p for is_b, p in matrices if is_b], "lora_b": True},
-            {"params": vectors, "weight_decay": 0.0, "lora_b": True},
+            {"params": [p for is_b, p in matrices if is_b]},
+            {"params": vectors, "weight_decay": 0.0},
         ]
     return [group for group in groups if group["params"]]
 
@@ -58,11 +60,19 @@ def build_optimizer(
     As in the authors' and peft's code, vectors (biases, DoRA's magnitudes) learn at the rate of B. Adapters of an
     embedding keep the base rate: their B is not the matrix that starts at zero.
     """
-    groups = parameter_groups(parameters, split_lora_b=lora_plus_ratio is not None)
-    built = optimizer(groups)
+    if lora_plus_ratio is None:
+        return optimizer(parameter_groups(parameters))
+    named = list(parameters)
+    faster = {id(p) for name, p in named if ".lora_B." in name or p.ndim < 2}
+    built = optimizer(parameter_groups(named, split_lora_b=True))
     for group in built.param_groups:
-        if group.pop("lora_b", False):
-            assert lora_plus_ratio is not None
+        are_faster = {id(p) in faster for p in group["params"]}
+        if len(are_faster) > 1:
+            raise UserError(
+                f"model.lora_plus_ratio: {type(built).__name__} makes parameter groups of its own, so B matrices "
+                "cannot get a rate of theirs; leave the ratio out, or take an optimizer that keeps its groups"
+            )
+        if are_faster == {True}:
             group["lr"] = group["lr"] * lora_plus_ratio
     return built
 

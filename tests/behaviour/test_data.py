@@ -1,8 +1,12 @@
 """Preparation: cached by all that decides tokens, counted, and the same for every format."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import TOKENIZER, write_rows
 from transformers import AutoTokenizer
@@ -197,3 +201,100 @@ def test_strata_have_the_same_share_in_every_split(tmp_path: Path) -> None:
 def test_settings_without_effect_are_told(rows_file: Path, tmp_path: Path) -> None:
     notes = data(rows_file, tmp_path, split="none", group_by="question").make_plan().notes
     assert "WARNING: data.group_by has no effect: no rows are split here" in notes
+
+
+def test_everything_wrong_is_told_at_once(rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as told:
+        data(
+            *(rows_file, tmp_path),
+            near_duplicates=3.0,
+            epochs=0,
+            max_rows={"foo": 1},
+            split={"train": 0.5},
+        )
+    assert len(told.value.problems) == 4
+
+
+def test_rows_that_are_all_too_long_are_told(rows_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no rows are left for train"):
+        data(rows_file, tmp_path, max_length=5, truncation="drop").prepare_data()
+
+
+def test_documents_in_the_system_turn_are_part_of_the_prompt(tmp_path: Path) -> None:
+    def chat(text: str) -> dict[str, Any]:
+        turns = [("system", text), ("user", "Ringkas dokumen ini."), ("assistant", "baik")]
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    rng = np.random.default_rng(0)
+    documents = [" ".join(f"kata{n}" for n in rng.integers(0, 500, 30)) for _ in range(200)]
+    own, shared = (write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (
+        ("own", [chat(text) for text in documents]),
+        ("shared", [chat("Jawab singkat.") for _ in range(200)]),
+    ))  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options: dict[str, Any] = {"prompt": None, "completion": None, "split": None}
+    module = data(own, tmp_path, **options)
+    module.tokenizer_source = str(tmp_path / "tokenizer")
+    plan = module.make_plan()
+    assert plan.num_rows["test"] > 5
+    assert module.prepared.facts["audit"]["leakage"]["num_pairs"] == 0
+    one = data(shared, tmp_path, **options)
+    one.tokenizer_source = str(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="no rows are left for"):
+        one.prepare_data()  # one and the same prompt cannot stand on two sides
+
+
+@pytest.mark.parametrize("damage", ["max_length", "facts", "train", "validation", "state", "arrow"])
+def test_a_damaged_cache_is_made_anew(rows_file: Path, tmp_path: Path, damage: str) -> None:
+    def opened() -> SFTData:
+        module = data(rows_file, tmp_path, split=None)
+        module.setup("test")
+        return module
+
+    first = opened()
+    tokens = tmp_path / "cache" / "tokens"
+    assert first.sealed_test is not None
+    sealed = first.sealed_test.folder / first.sealed_test.key
+    if damage == "max_length":
+        next(tokens.glob("*.max_length")).write_text("")
+    elif damage == "facts":
+        facts = next(tokens.glob("*/facts.json"))
+        facts.write_text(facts.read_text()[:50])
+    elif damage in ("train", "validation"):
+        shutil.rmtree(next(tokens.glob(f"*/{damage}")))
+    else:
+        file = next(sealed.glob("state.json" if damage == "state" else "*.arrow"))
+        file.unlink()  # the first module has it mapped into memory
+        file.write_bytes(b"")
+        with pytest.raises(UserError, match="the sealed test split was changed"):
+            opened()
+        shutil.rmtree(sealed)
+    assert opened().rows("test").to_list() == first.rows("test").to_list()
+
+
+def test_what_killed_preparations_left_is_cleared(rows_file: Path, tmp_path: Path) -> None:
+    left = tmp_path / "cache" / ".reading-999999999-abc"
+    left.mkdir(parents=True)
+    data(rows_file, tmp_path).prepare_data()
+    assert not list((tmp_path / "cache").glob(".reading-*"))
+
+
+def test_two_processes_prepare_the_same_data_at_once(rows_file: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from fine_tune.data import SFTData; "
+        f"SFTData(path={str(rows_file)!r}, prompt='{{question}}', completion='{{answer}}', "
+        f"tokenizer={str(TOKENIZER)!r}, cache_dir={str(tmp_path / 'cache')!r}, "
+        "max_length=int(sys.argv[1]) or None).prepare_data()"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, length], stderr=subprocess.PIPE, text=True)
+        for length in ("0", "128", "0")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors

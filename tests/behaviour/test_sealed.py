@@ -1,6 +1,7 @@
 """The test split: sealed while a model is trained, opened by one door, every opening counted."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,64 @@ def test_test_rows_lie_apart_from_the_others(rows_file: Path, tmp_path: Path) ->
 def test_changed_test_rows_are_refused(rows_file: Path, tmp_path: Path) -> None:
     module = data(rows_file, tmp_path)
     module.prepare_data()
-    folder = module.prepared.test_folder
-    assert folder is not None
-    file = next(folder.glob("*.arrow"))
+    sealed = module.sealed_test
+    assert sealed is not None
+    file = next((sealed.folder / sealed.key).glob("*.arrow"))
     content = bytearray(file.read_bytes())
     ids = module.tokenizer("Berapa")["input_ids"][0].to_bytes(4, "little")
     content[content.index(ids)] ^= 1
     file.write_bytes(bytes(content))
     with pytest.raises(UserError, match="the sealed test split was changed"):
         module.setup("test")
+
+
+def test_openings_are_remembered_without_the_run_or_the_cache(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    args = [*fit_args, "--trainer.max_steps", "1", "--test_at_end", "true"]
+    command_line("fit", *args, "--name", "one")
+    shutil.rmtree(tmp_path / "lightning_logs" / "one")
+    second = command_line("fit", *args, "--name", "two")
+    assert "opened for the 2nd time" in second.out
+    shutil.rmtree(tmp_path / "lightning_logs" / ".cache")
+    (tmp_path / "lightning_logs" / "zzz" / "version_0").mkdir(parents=True)
+    (tmp_path / "lightning_logs" / "zzz" / "version_0" / "run.json").write_text("{")
+    third = command_line("fit", *args, "--name", "three")
+    assert third.code == 0, third.err
+    assert "opened for the 2nd time" in third.out  # the run that is left tells of its own
+    assert "its openings are not counted" in third.out
+
+
+def test_rows_opened_in_another_split_are_told(
+    command_line: CommandLine, fit_args: list[str], rows_file: Path
+) -> None:
+    args = [*fit_args, "--trainer.max_steps", "1", "--test_at_end", "true"]
+    first = command_line("fit", *args)
+    num_test = first.run().read()["num_rows"]["test"]
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    more = [{"question": f"Soal baru {i}?", "answer": str(i)} for i in range(40)]
+    write_rows(rows_file, [{**row, "id": i} for i, row in enumerate([*rows, *more])])
+    second = command_line("fit", *args)
+    assert "opened for the 1st time" in second.out
+    assert f"{num_test} of its rows were opened before, in other test splits" in second.out
+
+
+def test_test_runs_from_inside_the_run_folder(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "1").run()
+    monkeypatch.chdir(run.path)
+    outcome = command_line("test", "--config", "config.yaml", "--ckpt_path", "best", root=False)
+    assert outcome.code == 0, outcome.err
+    assert "opened for the 1st time" in outcome.out
+
+
+def test_a_finished_run_can_still_be_tested_at_its_end(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "1").run()
+    again = ["fit", "--config", run.path / "config.yaml", "--ckpt_path", "last"]
+    outcome = command_line(*again, "--test_at_end", "true", root=False)
+    assert outcome.code == 0, outcome.err
+    assert "opened for the 1st time" in outcome.out
+    assert "test/loss" in outcome.out

@@ -36,7 +36,7 @@ def test_max_length_is_the_longest_row_up_to_a_multiple_of_128_within_the_cap(
 )
 def test_the_batch_follows_the_95th_percentile(length: int, micro: int, accumulation: int) -> None:
     lengths = np.array([length] * 99 + [32_000])  # one very long row in a hundred does not decide
-    chosen = choose(lengths, max_length=32_000, length_cap=32_768)
+    chosen = choose(lengths, longest_row=32_000, max_length=32_000, length_cap=32_768)
     assert chosen["data.batch_size"].value == micro * accumulation
     assert chosen["data.max_tokens_per_micro_batch"].value == micro * 32_000
 
@@ -51,16 +51,21 @@ def test_the_batch_follows_the_95th_percentile(length: int, micro: int, accumula
     ],
 )
 def test_gradient_checkpointing_is_for_long_rows(lengths: list[int], expected: bool) -> None:
-    chosen = choose(np.array(lengths), max_length=4_096, length_cap=32_768)
+    chosen = choose(
+        np.array(lengths), longest_row=max(lengths), max_length=4_096, length_cap=32_768
+    )
     assert chosen["model.gradient_checkpointing"].value is expected
     assert "4,000 or 2,000" in chosen["model.gradient_checkpointing"].reason
 
 
 def test_the_reason_names_the_longest_row() -> None:
-    chosen = choose(np.array([371, 20]), max_length=384, length_cap=2_048)
+    chosen = choose(np.array([371, 20]), longest_row=371, max_length=384, length_cap=2_048)
     assert (
         chosen["data.max_length"].reason
         == "longest training row 371 tokens, up to a multiple of 128"
     )
-    held = choose(np.array([2_048, 20]), max_length=2_048, length_cap=2_048)
-    assert held["data.max_length"].reason == "longest training row 2,048 tokens, held to 2,048"
+    held = choose(np.array([2_048, 20]), longest_row=2_500, max_length=2_048, length_cap=2_048)
+    assert (
+        held["data.max_length"].reason
+        == "longest training row 2,500 tokens, held to 2,048 by the model's positions"
+    )

@@ -64,7 +64,8 @@ def as_dict(found: NearDuplicates) -> dict[tuple[int, int], float]:
     ("text", "expected"),
     [
         ("Ibu kota, IBU KOTA!", ["ibu", "kota", "ibu", "kota"]),
-        ("I pay $0.2; don't_stop", ["i", "pay", "$", "0", "2", "don", "t", "stop"]),
+        ("I pay $0.2; don't_stop", ["i", "pay", "$", "0.2", "don", "t", "stop"]),
+        ("C#, 1.500,5 & 3", ["c", "#", "1.500,5", "&", "3"]),
         ("C++: 2 - 3 = −1", ["c", "+", "+", "2", "-", "3", "=", "−", "1"]),  # symbols are words
         ("ﬁne Ｆｏｏ x²", ["fine", "foo", "x2"]),  # NFKC: ligature, full width, superscript
         ("北京2024年,好!", ["北", "京", "2024", "年", "好"]),

@@ -11,6 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fine_tune.adapters import add_lora
+from fine_tune.errors import UserError
 from fine_tune.modules.optimization import build_optimizer, parameter_groups, schedule
 
 TARGETS = ["q_proj", "embed_tokens"]
@@ -122,3 +123,27 @@ def test_without_a_ratio_the_groups_are_as_before() -> None:
     (group,) = parameter_groups(model.named_parameters())
     assert [p.shape for p in group["params"]] == [(4, 16), (16, 4)]
     assert group.keys() == {"params"}
+
+
+class OwnGroups(torch.optim.AdamW):
+    """An optimizer that makes parameter groups of its own."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__([p for group in params for p in group["params"]], lr=lr)
+
+
+class StrictGroups(torch.optim.SGD):
+    """An optimizer that refuses group keys it does not know."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        known = {"params", "lr", "weight_decay"}
+        assert all(set(group) <= known for group in params)
+        super().__init__(params, lr=lr)
+
+
+def test_lora_plus_says_when_an_optimizer_cannot_have_it() -> None:
+    model = adapted_llama()
+    with pytest.raises(UserError, match="OwnGroups makes parameter groups of its own"):
+        build_optimizer(OwnGroups, model.named_parameters(), 16.0)
+    strict = build_optimizer(StrictGroups, model.named_parameters(), 16.0)
+    assert {rate for name, rate in rates(strict, model).items() if ".lora_B." in name} == {0.016}

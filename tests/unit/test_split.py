@@ -41,6 +41,20 @@ def test_row_counts_are_exact() -> None:
     assert np.bincount(sides).tolist() == [70, 20, 10]
 
 
+def test_counts_of_one_are_counts() -> None:
+    split = {"validation": 1, "test": 1}
+    check_split(split)
+    assert np.bincount(assign_splits(hashes(list("abcd")), split)).tolist() == [2, 1, 1]
+
+
+def test_small_strata_are_spread_over_the_splits_whatever_their_names() -> None:
+    names = [f"topik{i:03d}" for i in range(400) for _ in range(3)]
+    sides = assign_splits(hashes([f"p {i}" for i in range(1200)]), RATIOS, np.array(names))
+    assert np.bincount(sides).tolist() == [960, 120, 120]
+    early = [side for name, side in zip(names, sides, strict=True) if name < "topik120"]
+    assert 20 < early.count(2) < 60  # 36 of the 120 test rows, not all of them
+
+
 def test_strata_get_the_same_share_of_every_split() -> None:
     strata = np.array(["law"] * 55 + ["facts"] * 25 + ["sums"] * 20)
     prompts = [f"prompt {i}" for i in range(100)]
@@ -89,6 +103,8 @@ def test_recommended_ratios(num_rows: int, ratios: tuple[float, float, float]) -
         ({"train": 0.8, "valid": 0.2}, "unknown split"),
         ({"validation": -5, "test": 10}, "negative"),
         ({"train": 100, "test": 10}, "all other rows train"),
+        ({"validation": float("inf"), "test": 3}, "negative or infinite"),
+        ({"validation": 3.7, "test": 0.5}, "mixes row counts with shares"),
     ],
 )
 def test_a_split_that_makes_no_sense_is_refused(split: dict[str, float], message: str) -> None:
