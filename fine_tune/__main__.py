@@ -12,6 +12,14 @@ VERBS = {
         "fine_tune.commands.analyze:main",
         "look at the data before training on it: lengths, truncation, duplicates, leakage",
     ),
+    "explain-step": (
+        "fine_tune.commands.explain_step:main",
+        "show the rows behind one optimizer step of a run",
+    ),
+    "verify-resume": (
+        "fine_tune.commands.verify_resume:main",
+        "prove on your own config that a killed run goes on as if it had not been killed",
+    ),
     "make-qa": (
         "fine_tune.commands.make_qa:make_qa",
         "write question-answer rows and their tokenizer from facts",
@@ -68,4 +76,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # output piped into something that stopped reading, like head
         sys.stderr.close()
         code = 141
+    except KeyboardInterrupt:  # Ctrl-C while the libraries are imported, or in a verb without a run
+        code = 130
     sys.exit(code)

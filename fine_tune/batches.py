@@ -69,6 +69,31 @@ class DataPlan:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class StepFailure:
+    """Why rows gave no usable result; weights and optimizer are as they were before.
+
+    Args:
+        kind: ``out_of_memory``, or ``non_finite``: the loss or the gradient is infinite or no number.
+        stage: ``step`` (forward and backward), ``optimizer``, ``evaluation`` or ``generation``.
+        step: The optimizer step, from 1.
+        row_ids: The rows of the step, over all ranks.
+        lengths: Their tokens.
+        rows_at_once: Rows of the largest micro-batch on any rank.
+        tokens_at_once: Its padded tokens.
+        loss: The step's loss, where there is one.
+    """
+
+    kind: str
+    stage: str
+    step: int
+    row_ids: list[int]
+    lengths: list[int]
+    rows_at_once: int
+    tokens_at_once: int
+    loss: float = float("nan")
+
+
 def data_of(trainer: Any) -> Any:
     """Return the run's data module: ``plan``, ``tokenizer`` and ``rows(split)`` are what others may use of it."""
     return trainer.datamodule

@@ -1,84 +1,132 @@
 """A checkpoint is a folder: Hugging Face files, the training state, and a manifest of SHA-256 sums.
 
-It is whole or not there: written beside its name, flushed to disk, hashed, then renamed. Nothing loaded executes code.
+It is whole or not there: written beside its name, hashed, flushed to disk, then renamed. Nothing loaded executes code.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
+from fine_tune.disk import room_for
 from fine_tune.errors import UserError
 
 TRAINING_STATE = "training_state.pt"
 MANIFEST = "manifest.json"
+OWN_SUM = "manifest_sha256"  # of the manifest's text with this value left empty
+LEFTOVERS = ("unfinished", "removed", "replaced")
+
+Export = Callable[[Path, dict[str, Tensor]], None]
 
 
-class FolderCheckpointIO(CheckpointIO):
-    """Write and read checkpoint folders for Lightning.
+def write_checkpoint(
+    target: Path,
+    checkpoint: dict[str, Any],
+    *,
+    export: Export,
+    facts: Mapping[str, Any],
+    needed: int,
+) -> int:
+    """Write the folder ``target``; what was there before goes only once the new one is whole.
 
     Args:
+        target: Its name; it appears there in one rename.
+        checkpoint: Lightning's; ``state_dict`` goes to ``export``, the rest is the training state.
         export: Writes the model's files into a folder, given the trained weights.
+        facts: What the manifest says beside the sums, like ``global_step``.
+        needed: Bytes it will take.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        UserError: No room for it (bytes needed and free), or the place cannot be written. Nothing is left of it.
     """
-
-    def __init__(self, export: Callable[[Path, dict[str, Tensor]], None]) -> None:
-        self.export = export
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write the folder ``path``; what was there before goes only once the new one is whole."""
-        target = Path(path)
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = _beside(target, "unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with room_for(target, needed, unfinished):
         unfinished.mkdir(parents=True)
-        self.export(unfinished, checkpoint["state_dict"])
+        export(unfinished, dict(checkpoint["state_dict"]))
         state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-        torch.save(state, unfinished / TRAINING_STATE)
-        files = sorted(p for p in unfinished.rglob("*") if p.is_file())
-        sums = {str(file.relative_to(unfinished)): _sha256(file) for file in files}
-        (unfinished / MANIFEST).write_text(
-            json.dumps({"global_step": checkpoint["global_step"], "sha256": sums}, indent=1)
-        )
-        for file in [*files, unfinished / MANIFEST, unfinished]:
-            _flush(file)
-        if target.exists():
-            shutil.rmtree(target)
-        unfinished.rename(target)
-        _flush(target.parent)
+        with open(unfinished / TRAINING_STATE, "wb") as handle:  # torch's own writer hides errno
+            torch.save(state, handle)
+        size = _seal(unfinished, facts)
+        _put_in_place(unfinished, target)
+    shutil.rmtree(_beside(target, "replaced"), ignore_errors=True)
+    return size
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read the training state of a whole checkpoint; the weights follow from its ``folder``.
 
-        Raises:
-            UserError: It is not a checkpoint folder, or a file in it is missing or changed.
-        """
-        folder = Path(path)
-        check_whole(folder)
-        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
-        return {**state, "state_dict": {}, "folder": str(folder)}
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read the training state of a whole checkpoint; the weights follow from its ``folder``.
 
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete a checkpoint folder; it loses its name first, so that half a folder is never found."""
-        folder = Path(path)
-        if folder.exists():
-            doomed = folder.with_name(f".{folder.name}.removed")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+    Raises:
+        UserError: It is not a checkpoint folder, or a file in it is missing or changed.
+    """
+    finish_replacement(folder)
+    check_whole(folder)
+    state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+    return {**state, "state_dict": {}, "folder": str(folder)}
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint folder; it loses its name first, so that half a folder is never found."""
+    if folder.exists():
+        doomed = _beside(folder, "removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Delete what killed saves left beside the checkpoints; for the process that writes there, and no other."""
+    for kind in LEFTOVERS:
+        for leftover in checkpoints.glob(f".*.{kind}"):
+            if kind == "replaced":
+                finish_replacement(leftover.with_name(leftover.name[1 : -len(".replaced")]))
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def finish_replacement(folder: Path) -> None:
+    """Take the old folder back if a kill hit between the two renames that put a new one in its place."""
+    replaced = _beside(folder, "replaced")
+    if replaced.is_dir() and not folder.exists():
+        replaced.rename(folder)
 
 
 def global_step(folder: Path) -> int:
     """Return the optimizer steps a whole checkpoint has seen, whatever its folder is called."""
-    return int(json.loads((folder / MANIFEST).read_text())["global_step"])
+    return int(read_manifest(folder)["global_step"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest: ``global_step``, ``score``, and the ``sha256`` of each file.
+
+    Raises:
+        UserError: There is none, or it changed.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UserError(
+            f"ckpt_path: '{folder}' is not a checkpoint of this project (it has no {MANIFEST})"
+        )
+    text = file.read_bytes()
+    try:
+        manifest = json.loads(text)
+        own_sum = manifest[OWN_SUM].encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        own_sum = b""
+    unsigned = text.replace(own_sum, b"", 1)
+    if hashlib.sha256(unsigned).hexdigest().encode() != own_sum:
+        raise UserError(
+            f"ckpt_path: '{file}' is damaged (its SHA-256 changed); use another checkpoint"
+        )
+    return dict(manifest)
 
 
 def check_whole(folder: Path) -> None:
@@ -87,23 +135,44 @@ def check_whole(folder: Path) -> None:
     Raises:
         UserError: Names the file that is missing or whose content changed.
     """
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"ckpt_path: '{folder}' is not a checkpoint of this project (it has no {MANIFEST})"
-        )
-    try:
-        sums = json.loads((folder / MANIFEST).read_text())["sha256"]
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"ckpt_path: '{folder / MANIFEST}' is damaged; use another checkpoint"
-        ) from error
-    for name, expected in sums.items():
+    for name, expected in read_manifest(folder)["sha256"].items():
         if not (folder / name).is_file():
             raise UserError(f"ckpt_path: '{folder / name}' is missing; use another checkpoint")
         if _sha256(folder / name) != expected:
             raise UserError(
                 f"ckpt_path: '{folder / name}' is damaged (its SHA-256 changed); use another checkpoint"
             )
+
+
+def _seal(folder: Path, facts: Mapping[str, Any]) -> int:
+    """Write the manifest of a folder and flush all of it; return its size in bytes."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
+    unsigned = json.dumps({**facts, "sha256": sums, OWN_SUM: ""}, indent=1)
+    own_sum = hashlib.sha256(unsigned.encode()).hexdigest()
+    manifest = folder / MANIFEST
+    manifest.write_text(unsigned.removesuffix('""\n}') + f'"{own_sum}"\n}}', "utf-8")
+    inner = [p for p in folder.rglob("*") if p.is_dir()]
+    for path in [*files, manifest, *inner, folder]:
+        _flush(path)
+    return sum(file.stat().st_size for file in [*files, manifest])
+
+
+def _put_in_place(unfinished: Path, target: Path) -> None:
+    if target.exists():
+        replaced = _beside(target, "replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    try:
+        unfinished.rename(target)
+    except OSError:
+        finish_replacement(target)
+        raise
+    _flush(target.parent)
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
 
 
 def _sha256(file: Path) -> str:

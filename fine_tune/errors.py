@@ -1,4 +1,4 @@
-"""The one exception for the user's mistakes: shown as text, exit code 2, no traceback."""
+"""The exception for the user's mistakes (text, exit code 2, no traceback), and the one that sends a run back."""
 
 
 class UserError(Exception):
@@ -21,3 +21,20 @@ def nearest(word: str, known: list[str]) -> str:
 
     matches = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+class RunStopped(UserError):
+    """A run cannot go on as it is, but its state is good: it is saved."""
+
+
+class GoBack(Exception):
+    """The run has to go on from its newest whole checkpoint.
+
+    Args:
+        reason: What happened, for the user.
+        precision: The trainer's precision to go on with; None for the same.
+    """
+
+    def __init__(self, reason: str, precision: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.precision = reason, precision

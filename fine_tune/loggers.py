@@ -1,9 +1,10 @@
 """Loggers that go on where a killed run stopped, and that never stop a run."""
 
 import csv
+import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class MetricsCSV(Logger):
     """Write one row per logged optimizer step to ``metrics.csv``; row ``step=N`` is the N-th step, from 1.
 
     Values logged for the same step share its row. Reopening keeps the rows up to the step that training goes on from.
+    On a full disk, rows wait in memory until there is room again.
 
     Args:
         folder: The run folder.
@@ -36,16 +38,22 @@ class MetricsCSV(Logger):
     def __init__(self, folder: Path, keep_until: int | None = None) -> None:
         super().__init__()
         self.folder, self.file = Path(folder), Path(folder) / METRICS_FILE
-        self._rows: list[dict[str, str]] = []
         self._columns: list[str] = list(LEADING_COLUMNS)
-        self._written_until = 0  # bytes of complete earlier rows
+        self._written_until = 0  # bytes of complete rows; what follows them in the file is the tail
+        self._tail: list[
+            dict[str, str]
+        ] = []  # the last row, after those an error kept from the file
+        self._failing = False
         if self.file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
+            self._written_until = self.file.stat().st_size
             rows = self._read()
             with open(self.file, newline="") as handle:
                 self._columns = next(csv.reader(handle), self._columns)
             if keep_until is not None:
-                self._rewrite([row for row in rows if int(row["step"]) <= keep_until])
-        self._last: dict[str, str] = {}
+                rows = [row for row in rows if int(row["step"]) <= keep_until]
+                self._rewrite(rows[:-1], self._columns)
+                self._tail = rows[-1:]
+                self._write_tail()
 
     @property
     def name(self) -> str:
@@ -70,32 +78,46 @@ class MetricsCSV(Logger):
             "step": str(int(step or 0)),
             **{key: f"{float(value):.8g}" for key, value in metrics.items()},
         }
-        same_step = self._last.get("step") == row["step"]
-        self._last = {**self._last, **row} if same_step else row
-        new = [key for key in row if key not in self._columns]
+        try:
+            if self._tail and self._tail[-1]["step"] == row["step"]:
+                self._tail[-1] |= row
+            else:
+                if not self._failing and self.file.is_file():
+                    self._tail, self._written_until = [], self.file.stat().st_size
+                self._tail.append(row)
+            self._write_tail()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning(
+                    "WARNING: %s cannot be written (%s); training goes on, rows wait in memory",
+                    self.file,
+                    error.strerror,
+                )
+            self._failing = True
+
+    def _write_tail(self) -> None:
+        new = [key for row in self._tail for key in row if key not in self._columns]
         if new or not self.file.is_file():
-            rows = self._read()[: -1 if same_step else None] if self.file.is_file() else []
-            self._columns += new
-            self._rewrite(rows)
+            rows = self._read() if self.file.is_file() else []
+            self._rewrite(rows, [*self._columns, *dict.fromkeys(new)])
         with open(self.file, "r+", newline="") as handle:
-            if same_step:
-                handle.truncate(self._written_until)
+            handle.truncate(self._written_until)
             handle.seek(0, os.SEEK_END)
-            self._written_until = handle.tell()
-            csv.DictWriter(handle, self._columns).writerow(self._last)
+            csv.DictWriter(handle, self._columns).writerows(self._tail)
 
     def _read(self) -> list[dict[str, str]]:
-        with open(self.file, newline="") as handle:
-            return list(csv.DictReader(handle))
+        complete = self.file.read_bytes()[: self._written_until].decode()
+        return list(csv.DictReader(io.StringIO(complete, newline="")))
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
         unfinished = self.file.with_name(f".{METRICS_FILE}.unfinished")
         with open(unfinished, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, self._columns)
+            writer = csv.DictWriter(handle, columns)
             writer.writeheader()
             writer.writerows(rows)
-            self._written_until = handle.tell()
         unfinished.replace(self.file)
+        self._columns, self._written_until = columns, self.file.stat().st_size
 
 
 class QuietWandb(Logger):
@@ -171,9 +193,37 @@ class QuietWandb(Logger):
         )
 
 
+class QuietTensorBoard(TensorBoardLogger):
+    """TensorBoard's curves; any failure, like a full disk, is one line, and ``metrics.csv`` goes on."""
+
+    _off = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write metrics; the first failure switches this logger off."""
+        self._try(super().log_metrics, metrics, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        self._try(super().save)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._try(super().finalize, status)
+
+    def _try(self, act: Callable[..., None], *args: Any) -> None:
+        if self._off:
+            return
+        try:
+            act(*args)
+        except Exception as error:
+            self._off = True
+            log.warning("WARNING: TensorBoard is off for this run (%s)", _first_line(error))
+
+
 def default_loggers(folder: Path, keep_until: int) -> list[Logger]:
     """Return CSV first (it decides where the run lies), TensorBoard, and W&B where there is a login for it."""
-    tensorboard = TensorBoardLogger(
+    tensorboard = QuietTensorBoard(
         save_dir=str(folder.parent.parent),
         name=folder.parent.name,
         version=folder.name,

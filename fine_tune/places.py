@@ -1,12 +1,14 @@
 """Where a run writes, and the checkpoint it starts from."""
 
 import os
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fine_tune import run_folder as runs
-from fine_tune.checkpoint import check_whole, global_step
+from fine_tune.checkpoint import check_whole, finish_replacement, global_step
 from fine_tune.errors import UserError
+from fine_tune.stored_checkpoints import newest_whole, stored
 
 RUN_VARIABLE = (
     "FINE_TUNE_RUN_FOLDER"  # tells the processes a strategy starts which folder the first one took
@@ -15,10 +17,17 @@ RUN_VARIABLE = (
 
 @dataclass(frozen=True)
 class Place:
-    """The run folder to go on in (None: a new version), and the checkpoint to start from (None: none)."""
+    """Where to write and what to start from.
+
+    Args:
+        run: The run folder to go on in; None: a new version.
+        checkpoint: The checkpoint to start from; None: none.
+        notes: What the user must know: which checkpoint was refused, and which is used instead.
+    """
 
     run: runs.RunFolder | None
     checkpoint: Path | None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -29,7 +38,7 @@ class Place:
 def find_place(
     verb: str, ckpt_path: str | None, *, name: str, root: Path, configs: list[str]
 ) -> Place:
-    """Resolve ``best``, ``last`` or a path.
+    """Resolve ``best``, ``last`` or a path; for the first two a damaged checkpoint is passed over.
 
     ``fit`` goes on in the folder of the last checkpoint; from any other it starts a new version, so that nothing
     recorded after it is lost. ``validate`` and ``test`` write into the folder of the checkpoint.
@@ -46,7 +55,7 @@ def find_place(
     """
     if ckpt_path is None:
         own = runs.run_of_config(configs)
-        if verb == "fit" or own is None or own.checkpoint("best") is None:
+        if verb == "fit" or own is None or not own.has_checkpoint():
             return Place(None, None)
         ckpt_path = "best"  # the config of a run means the run
     if ckpt_path not in ("best", "last"):
@@ -58,10 +67,8 @@ def find_place(
         own = runs.unfinished_version(root, name)
     if own is None:
         own = runs.newest_with_checkpoint(root, name, ckpt_path)
-    checkpoint = own.checkpoint(ckpt_path)
-    if checkpoint is None:
-        raise UserError(f"ckpt_path: {own.path} has no {ckpt_path} checkpoint")
-    return _place(verb, own, checkpoint)
+    checkpoint, notes = newest_whole(own, ckpt_path)
+    return _place(verb, own, checkpoint, is_last=ckpt_path == "last", notes=notes)
 
 
 def claim(place: Place, name: str, root: Path) -> runs.RunFolder:
@@ -73,8 +80,27 @@ def claim(place: Place, name: str, root: Path) -> runs.RunFolder:
             Path(os.environ.get(RUN_VARIABLE, root / runs.LOGS / name))
         )
     run = place.run or runs.new_version(root, name)
+    check_writable(run.path)
     os.environ[RUN_VARIABLE] = str(run.path)
     return run
+
+
+def check_writable(folder: Path) -> None:
+    """Try to write into a folder that exists, or into the nearest one above it that does.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()
+    )
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"trainer.default_root_dir: '{existing}' cannot be written: {error.strerror}; give another folder"
+        ) from error
 
 
 def is_first_process() -> bool:
@@ -84,17 +110,25 @@ def is_first_process() -> bool:
 
 
 def _place_of_path(verb: str, checkpoint: Path) -> Place:
+    finish_replacement(checkpoint)
     if not checkpoint.is_dir():
         folders = (p for p in checkpoint.parent.glob("*") if p.is_dir() and p.name[0] != ".")
         beside = sorted(p.name for p in folders)
         listed = f"; there are {', '.join(beside)}" if beside else ""
         raise UserError(f"ckpt_path: '{checkpoint}' does not exist{listed}; or give best or last")
+    check_whole(checkpoint)
     return _place(verb, runs.RunFolder(checkpoint.resolve().parent.parent), checkpoint)
 
 
-def _place(verb: str, run: runs.RunFolder, checkpoint: Path) -> Place:
-    check_whole(checkpoint)
-    last = run.checkpoint("last")
-    is_last = last is not None and last.resolve() == checkpoint.resolve()
+def _place(
+    verb: str,
+    run: runs.RunFolder,
+    checkpoint: Path,
+    *,
+    is_last: bool = False,
+    notes: list[str] | None = None,
+) -> Place:
+    newest = [run.checkpoints / found["name"] for found in stored(run)[:1]]
+    is_last = is_last or [path.resolve() for path in newest] == [checkpoint.resolve()]
     continues = bool(run.read()) and (verb != "fit" or is_last)
-    return Place(run if continues else None, checkpoint.resolve())
+    return Place(run if continues else None, checkpoint.resolve(), notes or [])

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+SECRET_NAME = re.compile(r"(key|token|password|secret|credentials)$", re.IGNORECASE)
+SHORTEST_SECRET = 6  # shorter values, like 0 and true, are settings
 NOT_ACTIONABLE = (
     r".*when logging on epoch level in distributed setting.*",  # torchmetrics has reduced them
     r".*LightningCLI's args parameter is intended.*",
@@ -80,11 +83,42 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
         pass
 
 
+class _File(logging.FileHandler):
+    """A log file that cannot be written is one line on the terminal, not a traceback for each message."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"WARNING: {self.baseFilename} cannot be written ({error.strerror})")
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:
+            self.stream = None  # told already
+
+
 def tee_to(file: Path) -> None:
     """Copy the project's messages to a file, after what it already holds, until ``stop_tee``."""
-    handler = logging.FileHandler(file, mode="a", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    handler = _File(file, mode="a", encoding="utf-8")
+    handler.setFormatter(_WithoutSecrets("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     logging.getLogger("fine_tune").addHandler(handler)
+
+
+class _WithoutSecrets(logging.Formatter):
+    """Blot out the values of environment variables that hold secrets: tracebacks and server answers quote them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        for name, value in os.environ.items():
+            if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
+                text = text.replace(value, "***")
+        return text
 
 
 def stop_tee() -> None:

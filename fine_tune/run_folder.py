@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from fine_tune.errors import UserError
 
 LOGS = "lightning_logs"
 RECORD = "run.json"
+_ONE_UPDATE = threading.Lock()  # checkpoints are recorded by the thread that writes them
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -46,20 +48,32 @@ class RunFolder:
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Replace these entries of the record, atomically."""
-        record = {**self.read(), **changes, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self.path.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path / f".{RECORD}.unfinished"
-        with open(unfinished, "w") as handle:
-            json.dump(record, handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        unfinished.replace(self.path / RECORD)
+        unfinished = self.path / f".{RECORD}.{os.getpid()}.unfinished"
+        with _ONE_UPDATE:
+            record = {**self.read(), **changes, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with open(unfinished, "w") as handle:
+                    json.dump(record, handle, indent=1)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                unfinished.replace(self.path / RECORD)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path / RECORD}: the run's record cannot be written: {error.strerror}"
+                ) from error
+            finally:
+                unfinished.unlink(missing_ok=True)
 
     def checkpoint(self, which: str) -> Path | None:
         """Return the folder of the ``best`` or ``last`` checkpoint, or None if the record has none on disk."""
         name = self.read().get(which)
         path = self.checkpoints / name if name else None
         return path if path is not None and path.is_dir() else None
+
+    def has_checkpoint(self) -> bool:
+        """Return whether any checkpoint lies in the folder, in the record or not, whole or not."""
+        return any(path.is_dir() for path in self.checkpoints.glob("epoch=*-step=*"))
 
 
 def run_of(trainer: Any) -> RunFolder:
@@ -129,7 +143,7 @@ def unfinished_version(root: Path, name: str) -> RunFolder:
     candidates = [
         run
         for run in versions(root, name)
-        if run.read().get("status") != "finished" and run.checkpoint("last")
+        if run.read().get("status") != "finished" and run.has_checkpoint()
     ]
     if len(candidates) == 1:
         return candidates[0]
@@ -141,6 +155,12 @@ def unfinished_version(root: Path, name: str) -> RunFolder:
     )
 
 
+def version_of_job(root: Path, name: str, slurm_job: str) -> RunFolder | None:
+    """Return the newest version with a checkpoint that this SLURM job wrote to, or None."""
+    of_job = [run for run in versions(root, name) if run.read().get("slurm_job") == slurm_job]
+    return next((run for run in reversed(of_job) if run.checkpoint("last")), None)
+
+
 def newest_with_checkpoint(root: Path, name: str, which: str) -> RunFolder:
     """Return the newest version that has a best or last checkpoint.
 
@@ -148,7 +168,7 @@ def newest_with_checkpoint(root: Path, name: str, which: str) -> RunFolder:
         UserError: No version has one; they are listed.
     """
     for run in reversed(versions(root, name)):
-        if run.checkpoint(which):
+        if run.has_checkpoint():
             return run
     listed = "\n".join(f"  {_describe(run)}" for run in versions(root, name)) or "  (no runs)"
     raise UserError(

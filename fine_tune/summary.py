@@ -1,5 +1,6 @@
 """What the user reads at the start (what will run) and at the end (what came out, where it is, what to type next)."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,31 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
     if record.get("status") == "finished":
         lines.append(f"next: python -m fine_tune test --config {config} --ckpt_path best")
     else:
-        lines.append(f"next: python -m fine_tune fit --config {config} --ckpt_path last")
+        lines.append(resume(run))
     return lines
+
+
+def stopped(run: RunFolder, verb: str, signal: str) -> list[str]:
+    """Lines that say what a signal left, and the command that goes on from there."""
+    if verb != "fit":
+        return [f"stopped by {signal}: nothing was recorded of this {verb}"]
+    record, last = run.read(), run.checkpoint("last")
+    if last is None:
+        return [f"stopped by {signal} before anything was saved", resume(run)]
+    where = f"step {record.get('step', 0):,} of {record.get('num_steps', 0):,}"
+    if record.get("status") == "finished":
+        config = shlex.quote(str(run.path / "config.yaml"))
+        line = f"stopped by {signal} after the last step, {where}; all of it is saved: {last}"
+        return [line, f"next: python -m fine_tune validate --config {config} --ckpt_path best"]
+    return [f"stopped by {signal} at {where}; saved: {last}", resume(run)]
+
+
+def resume(run: RunFolder) -> str:
+    """Say the command that goes on with a run; without a checkpoint, the one that starts it again."""
+    command = f"python -m fine_tune fit --config {shlex.quote(str(run.path / 'config.yaml'))}"
+    if run.checkpoint("last") is None:
+        return f"start again: {command}"
+    return f"resume: {command} --ckpt_path last"
 
 
 def _targets(record: dict[str, Any], targets: dict[str, float]) -> list[str]:

@@ -1,20 +1,29 @@
 """When to save, what to keep: the last checkpoint and the best ones, named by true epoch and step."""
 
+import logging
 import math
+import time
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from fine_tune.batches import plan_of
-from fine_tune.errors import UserError
+from fine_tune.checkpoint import remove_checkpoint, remove_leftovers
+from fine_tune.checkpoint_io import FolderCheckpointIO, Saving
+from fine_tune.errors import RunStopped, UserError
 from fine_tune.run_folder import RunFolder, run_of
+from fine_tune.stored_checkpoints import checkpoint_name, ranked, stored
+
+log = logging.getLogger("fine_tune")
+WAIT_WORTH_TELLING = 0.5  # seconds
 
 
 class Checkpoints(Checkpoint):
     """Save the run so that it can be resumed, and so that its best weights are kept.
 
-    A checkpoint is written every ``every`` steps, after each validation, and after the last step.
+    A checkpoint is written every ``every`` steps, after each validation, and after the last step. Training stops for a
+    copy of its state; the writing goes on beside it. Only a run's first checkpoint is waited for.
 
     Args:
         every: ``epoch``, or a number of optimizer steps.
@@ -34,11 +43,20 @@ class Checkpoints(Checkpoint):
             raise UserError(f"checkpoint: every {every} and keep {keep} must be at least 1")
         self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
         self._saved_step = -1
+        self._is_first = True
+
+    # ---- when
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
+        run = run_of(trainer)
+        if trainer.is_global_zero:
+            self._take_stock(run, trainer.global_step)
+        self._is_first = trainer.strategy.broadcast(not run.read().get("checkpoints"))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.world_size == 1 and _io(trainer).has_failed:
+            self._settle(trainer)  # several ranks meet at the next save
         step, plan = trainer.global_step, plan_of(trainer)
         every = plan.steps_per_epoch if self.every == "epoch" else self.every
         due = step % every == 0 or step >= plan.num_steps or trainer.should_stop
@@ -59,6 +77,20 @@ class Checkpoints(Checkpoint):
             )
         self._save(trainer, score=float(trainer.callback_metrics[self.monitor]))
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle(trainer)  # before the run is recorded as finished
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let the write in flight end, and save what is still good; the exception stays the one that is shown."""
+        try:
+            if isinstance(exception, RunStopped) and trainer.global_step > self._saved_step:
+                self._save(trainer, score=None)
+            _io(trainer).wait()
+        except Exception as error:
+            log.error("the last checkpoint was not written: %s", error)
+
     def _validation_follows(self, trainer: Trainer, step: int) -> bool:
         if "validation" not in plan_of(trainer).num_rows or not trainer.enable_validation:
             return False
@@ -67,43 +99,97 @@ class Checkpoints(Checkpoint):
         interval = trainer.val_check_batch
         return bool(interval) and interval != math.inf and step % int(interval or 1) == 0
 
+    # ---- how
+
     def _save(self, trainer: Trainer, score: float | None) -> None:
         step, plan = trainer.global_step, plan_of(trainer)
         if step == self._saved_step:
             return
         self._saved_step = step
+        started = time.perf_counter()
+        self._settle(trainer)
+        waited = time.perf_counter() - started
+        if waited > WAIT_WORTH_TELLING:
+            log.info("checkpoint: waited %.1f s until the one before was written", waited)
         run = run_of(trainer)
-        name = f"epoch={step / plan.steps_per_epoch:.2f}-step={step}"
-        trainer.save_checkpoint(str(run.checkpoints / name))
-        if trainer.is_global_zero:
-            self._record(trainer, run, {"name": name, "step": step, "score": score})
-        trainer.strategy.barrier("checkpoint")
+        saved = {"name": checkpoint_name(step / plan.steps_per_epoch, step), "step": step}
+        saved["score"] = score
+        how = Saving(
+            facts={"score": score, "monitor": self.monitor},
+            written=lambda measured: self._record(run, {**saved, **measured}),
+            background=not self._is_first,
+            started=started,
+        )
+        trainer.save_checkpoint(str(run.checkpoints / str(saved["name"])), storage_options=how)
+        if self._is_first:  # a run that cannot save is told now, and from here on it can be resumed
+            self._settle(trainer)
+            self._is_first = False
 
-    def _record(self, trainer: Trainer, run: RunFolder, saved: dict[str, Any]) -> None:
-        run_before = run.read()
-        earlier = [c for c in run_before.get("checkpoints", []) if c["step"] < saved["step"]]
-        checkpoints = [*earlier, saved]
-        ranked = sorted((c for c in checkpoints if _is_score(c["score"])), key=self._rank)
-        kept = {c["name"] for c in ranked[: self.keep]} | {saved["name"]}
-        best = ranked[0] if ranked else saved
+    def _settle(self, trainer: Trainer) -> None:
+        """Wait for the write in flight; if it failed, every rank stops with its error."""
+        error: Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                _io(trainer).wait()
+            except Exception as raised:
+                error = raised
+        problems: tuple[str, ...] | None = (str(error),) if error is not None else None
+        if isinstance(error, UserError):
+            problems = error.problems
+        problems = trainer.strategy.broadcast(problems)
+        if error is not None:
+            raise error
+        if problems is not None:
+            raise UserError(*problems)
+
+    # ---- what is kept
+
+    def _take_stock(self, run: RunFolder, step: int) -> None:
+        """Clear up after a killed save, and record the whole checkpoint it may have left unrecorded."""
+        record = run.read()
+        remove_leftovers(run.checkpoints)
+        listed = [c["name"] for c in record.get("checkpoints", [])]
+        for name in _still_there(run, record):
+            if name not in listed:
+                remove_checkpoint(run.checkpoints / name)
+        for found in stored(run):
+            if found["name"] not in listed and found["step"] == step:  # the run goes on from it
+                self._record(run, found)
+
+    def _record(self, run: RunFolder, saved: dict[str, Any]) -> None:
+        """Name the new checkpoint in the record, then remove those it replaces."""
+        record = run.read()
+        before = record.get("checkpoints", [])
+        checkpoints = [*(c for c in before if c["step"] < saved["step"]), saved]
+        by_score = ranked(checkpoints, self.mode)
+        kept = {c["name"] for c in by_score[: self.keep]} | {saved["name"]}
+        best = by_score[0] if by_score else saved
+        rotated = [c["name"] for c in before if c["name"] not in kept]
+        rotated += [name for name in _still_there(run, record) if name not in kept]
         run.update(
             {
                 "checkpoints": [c for c in checkpoints if c["name"] in kept],
+                "rotated": rotated,
                 "best": best["name"],
                 "best_step": best["step"],
                 "best_score": best["score"],
                 "monitor": self.monitor,
+                "mode": self.mode,
                 "last": saved["name"],
             }
         )
-        for checkpoint in run_before.get("checkpoints", []):
-            if checkpoint["name"] not in kept:
-                trainer.strategy.remove_checkpoint(str(run.checkpoints / checkpoint["name"]))
-
-    def _rank(self, checkpoint: dict[str, Any]) -> tuple[float, int]:
-        score = float(checkpoint["score"])
-        return (score if self.mode == "min" else -score, checkpoint["step"])
+        for name in rotated:
+            try:
+                remove_checkpoint(run.checkpoints / name)
+            except OSError as error:
+                log.info("WARNING: %s is not removed: %s", run.checkpoints / name, error.strerror)
 
 
-def _is_score(score: float | None) -> bool:
-    return score is not None and math.isfinite(score)
+def _still_there(run: RunFolder, record: dict[str, Any]) -> list[str]:
+    return [name for name in record.get("rotated", []) if (run.checkpoints / name).is_dir()]
+
+
+def _io(trainer: Trainer) -> FolderCheckpointIO:
+    plugin = trainer.strategy.checkpoint_io
+    assert isinstance(plugin, FolderCheckpointIO)
+    return plugin

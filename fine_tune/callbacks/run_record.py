@@ -11,7 +11,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fine_tune import slurm
 from fine_tune.batches import plan_of
+from fine_tune.callbacks.stop_signals import Stopped, StopSignals
 from fine_tune.run_folder import run_of
 
 PACKAGES = (
@@ -27,9 +29,16 @@ PACKAGES = (
 
 
 class RunRecord(Callback):
-    """Record when a run starts, stops, fails or ends, and what it measured."""
+    """Record when a run starts, stops, fails or ends, and what it measured.
 
-    def __init__(self) -> None:
+    ``finished`` means the planned steps, with the validation that belongs to the last one, or early stopping.
+
+    Args:
+        signals: Knows whether a signal left a validation undone.
+    """
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
         self._start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,6 +59,7 @@ class RunRecord(Callback):
                     "num_rows": plan.num_rows,
                     "num_tokens": plan.num_tokens,
                     "environment": environment(),
+                    "slurm_job": slurm.job_id(),
                 }
             )
 
@@ -59,18 +69,25 @@ class RunRecord(Callback):
             for c in trainer.early_stopping_callbacks
         )
         done = trainer.global_step >= plan_of(trainer).num_steps
-        self._end(trainer, "finished" if done or stopped_early else "stopped")
+        whole = (done or stopped_early) and not self.signals.validation_due
+        self._end(trainer, "finished" if whole else "stopped")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run killed after its last save: Lightning finds no step left, and calls no other hook."""
+        if not self._start and trainer.global_step >= plan_of(trainer).num_steps:
+            self._start = time.monotonic()
+            self._end(trainer, "finished")
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if trainer.state.fn == "fit" and self._start:
-            self._end(
-                trainer,
-                "interrupted"
-                if isinstance(exception, KeyboardInterrupt | SystemExit)
-                else "failed",
-            )
+        if trainer.state.fn != "fit":
+            return
+        status = "stopped" if isinstance(exception, Stopped | KeyboardInterrupt) else "failed"
+        if self._start:
+            self._end(trainer, status)
+        elif trainer.is_global_zero and "status" not in run_of(trainer).read():  # of a new run
+            run_of(trainer).update({"status": status, "step": 0})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._result(trainer, "test")

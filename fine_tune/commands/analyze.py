@@ -11,7 +11,7 @@ from rich.text import Text
 from fine_tune import summary
 from fine_tune.batches import DataPlan
 from fine_tune.cli import exit_code, prepare_as_fit
-from fine_tune.losses import IGNORE_INDEX
+from fine_tune.commands.shown_rows import printable, shown_row
 from fine_tune.settings import read_yaml, split_flags
 
 BAR_WIDTH = 40
@@ -112,7 +112,7 @@ def _of_splits(audit: dict[str, Any]) -> Iterator[Any]:
         for split, of_split in audit["splits"].items():
             if len(of_split[what]) > 1:
                 shares = ", ".join(f"{name} {share:.1%}" for name, share in of_split[what].items())
-                yield Text(f"  {what} of {split}: {_printable(shares)}")
+                yield Text(f"  {what} of {split}: {printable(shares)}")
     for split, tests in audit["drift"].items():
         shown = ", ".join(
             f"{what.replace('num_', '')} distance {t['distance']:.3f} (p {t['p_value']:.2g})"
@@ -132,7 +132,7 @@ def _leakage(leakage: dict[str, Any]) -> Iterator[Any]:
             f"{pair[side]['split']} {pair[side]['source']} row {pair[side]['row']}"
             for side in ("first", "second")
         )
-        yield Text(_printable(f"    {pair['similarity']:.2f}  {first}  ~  {second}"))
+        yield Text(printable(f"    {pair['similarity']:.2f}  {first}  ~  {second}"))
     if leakage["num_pairs"] > SHOWN_PAIRS:
         yield f"    ... {leakage['num_pairs']:,} pairs in all, in data.json of the run folder"
     if leakage["dropped_from_train"]:
@@ -141,36 +141,11 @@ def _leakage(leakage: dict[str, Any]) -> Iterator[Any]:
 
 def _rows(data: Any, show: int) -> Iterator[Text]:
     rows = data.rows("train")
-    special = set(data.tokenizer.all_special_ids)
     for index in range(min(show, len(rows))):
         row = rows[index]
-        shown = Text(f"row id {row['row_id']}: {len(row['input_ids'])} tokens, ")
-        shown.append(f"supervised {row['num_supervised']}", style="bold green").append("\n")
-        for ids, supervised in _runs(row["input_ids"], row["labels"]):
-            stop = supervised and ids[-1] in special
-            text = _printable(data.tokenizer.decode(ids[:-1] if stop else ids), keep="\n\t")
-            shown.append(
-                f"\u00ab{text}\u00bb" if supervised else text, "green" if supervised else "dim"
-            )
-            if stop:
-                stop_text = _printable(data.tokenizer.decode(ids[-1:]))
-                shown.append(f"[stop {stop_text}]", style="bold reverse green")
-        yield shown.append("\n")
-
-
-def _runs(input_ids: list[int], labels: list[int]) -> Iterator[tuple[list[int], bool]]:
-    start = 0
-    for end in range(1, len(labels) + 1):
-        supervised = labels[start] != IGNORE_INDEX
-        if end == len(labels) or (labels[end] != IGNORE_INDEX) != supervised:
-            yield input_ids[start:end], supervised
-            start = end
+        yield shown_row(row, data.tokenizer, f"row id {row['row_id']}")
 
 
 def _statistics(of: dict[str, Any]) -> str:
     names = ("min", "mean", "median", "p90", "p95", "p99", "max")
     return "  ".join(f"{name} {of[name]:,.4g}" for name in names)
-
-
-def _printable(text: str, keep: str = "") -> str:
-    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)

@@ -18,10 +18,17 @@ from fine_tune.data.encode import AssistantTurns, Truncation
 from fine_tune.data.encode_rows import column, token_counts
 from fine_tune.data.formats import FormatName
 from fine_tune.data.options import EmptyCompletions, Options, Split
+from fine_tune.data.origins import data_content, locate_rows
 from fine_tune.data.prepare import prepare
 from fine_tune.data.sealed import SealedTest
 from fine_tune.data.sources import Source
-from fine_tune.data.steps import StepLoader, StepSampler, evaluation_batches, rows_per_epoch
+from fine_tune.data.steps import (
+    StepLoader,
+    StepSampler,
+    evaluation_batches,
+    leave_sigterm_to_parent,
+    rows_per_epoch,
+)
 from fine_tune.data.token_cache import PreparedData
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
@@ -165,6 +172,15 @@ class SFTData(LightningDataModule):
         return self._prepared
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What the training rows are made of, by content: what a resumed run is held against."""
+        return data_content(self.sources, self.tokenizer, self.prepared.rows["train"])
+
+    def locate_rows(self, row_ids: list[int]) -> list[str]:
+        """Say where rows stand in their sources, as ``file:line`` where the format has lines."""
+        return locate_rows(self.sources, row_ids)
+
+    @property
     def sealed_test(self) -> SealedTest | None:
         """The sealed test split: its hash and its openings; its rows only while ``test`` runs."""
         return self.prepared.test
@@ -306,6 +322,7 @@ class SFTData(LightningDataModule):
             batch_sampler=batches,
             collate_fn=self._collator(),
             num_workers=self.num_workers,
+            worker_init_fn=leave_sigterm_to_parent,
         )
 
     def _collator(self) -> SFTCollator:

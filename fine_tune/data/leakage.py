@@ -102,12 +102,11 @@ def leakage_notes(leakage: Leakage) -> list[str]:
         first, second = names.split("/")
         if first == "train" and leakage.dropped_from_train:
             continue
-        if any(sides[second].values()):
-            drop = "; --data.drop_leaked true leaves them out of train"
-            notes.append(
-                f"WARNING: {sides[second]['exact']:,} rows of {second} say in the same words what rows of {first} say, "
-                f"{sides[second]['near']:,} nearly so{drop if first == 'train' else ''}"
-            )
+        counts = {"in the same words": sides[second]["exact"], "nearly so": sides[second]["near"]}
+        said = " and ".join(f"{count:,} {how}" for how, count in counts.items() if count)
+        if said:
+            drop = "; --data.drop_leaked true leaves them out of train" if first == "train" else ""
+            notes.append(f"WARNING: rows of {second} say what rows of {first} say: {said}{drop}")
     if leakage.num_capped:
         notes.append(
             f"{leakage.num_capped:,} rows have more near-duplicates than were looked at: their counts are lower bounds"

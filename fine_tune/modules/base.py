@@ -8,6 +8,8 @@ import logging
 import os
 import time
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,23 +21,27 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fine_tune import adapters, model_config, models
-from fine_tune.batches import DataPlan, cut_by_tokens, data_of, log_interval, plan_of
+from fine_tune import adapters, model_config
+from fine_tune.batches import DataPlan, StepFailure, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
+from fine_tune.modules.changed_settings import take_over
 from fine_tune.modules.checks import (
     lora_problems,
     max_positions,
     plan_problems,
-    refuse_another_run,
     source_problems,
     stored_quantization_problems,
     warmup_problems,
 )
-from fine_tune.modules.generation import generate
+from fine_tune.modules.evaluation import answer, evaluate_rows
+from fine_tune.modules.gradients import gradients, update
 from fine_tune.modules.metrics import TokenMetrics
 from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
-from fine_tune.modules.ranks import sum_gradients_over_ranks, sum_over_ranks
+from fine_tune.modules.precision import follow_precision
+from fine_tune.modules.ranks import sum_over_ranks
+from fine_tune.modules.run_identity import optimizer_settings
 from fine_tune.modules.seeding import seed_all
+from fine_tune.modules.weights import export, load_weights, weights_to_keep
 
 log = logging.getLogger("fine_tune")
 
@@ -112,6 +118,13 @@ class StepModule(LightningModule):
         self.model: PreTrainedModel | PeftModel | None = None
         self.metrics = TokenMetrics()
         self._interval_tokens, self._interval_start, self._pause_start = 0, 0.0, 0.0
+        self._grad_norm = torch.zeros(())
+        # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained
+        # state is copied before each update; a handler says whether it changed something that may help.
+        self.max_tokens_per_micro_batch: int | None = None
+        self.step_precision: str | None = None
+        self.keeps_state = False
+        self.failure_handlers: dict[str, Callable[[StepFailure], bool]] = {}
 
     # ---- what a subclass says
 
@@ -140,6 +153,7 @@ class StepModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.check(self.plan, self._tokenizer)
+        self.max_tokens_per_micro_batch = self.plan.max_tokens_per_micro_batch
 
     def check(self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> None:
         """Hold the data against the model's config, and LoRA against its layers, before weights load.
@@ -182,36 +196,12 @@ class StepModule(LightningModule):
         """Load or initialise the weights, once."""
         if self.model is not None:
             return
-        seed_all(self._seed, "weights")
-        model = models.load_model(
-            self.model_config(self._tokenizer),
-            self.model_name_or_path,
-            revision=self.revision,
-            dtype=self._weights_dtype(),
-            attn_implementation=self.attn_implementation,
-            quantization=models.quantization_config(self.quantized, self._compute_dtype())
-            if self.quantized
-            else None,
-        )
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        self.model = model
-        if self.lora is not None:
-            self.model = adapters.add_lora(model, self.lora, self.model_name_or_path)
-            if str(self.trainer.precision).endswith("mixed"):
-                adapters.keep_trained_in_float32(self.model)
-        self.model.train()
+        seed_all(self.seed, "weights")
+        self.model = load_weights(self, self.model_config(self._tokenizer))
         if self.trainer.state.fn == "fit":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            total = self.model.num_parameters()
-            log.info(
-                "weights: %s, %s of them trained (%.2f %%)",
-                f"{total:,}",
-                f"{trained:,}",
-                100 * trained / total,
-            )
+            total, share = self.model.num_parameters(), "weights: %s, %s of them trained (%.2f %%)"
+            log.info(share, f"{total:,}", f"{trained:,}", 100 * trained / total)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer, self.named_parameters(), self.lora_plus_ratio)
@@ -231,23 +221,45 @@ class StepModule(LightningModule):
     # ---- the step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Take one optimizer step's gradients: sum over all micro-batches and ranks, divided once."""
-        seed_all(self._seed, self.trainer.global_step, self.global_rank)
-        self.trainer.optimizers[0].zero_grad(set_to_none=True)
-        counts = torch.tensor([self.loss_count(batch), sum(batch["lengths"])], dtype=torch.float64)
-        count, num_tokens = sum_over_ranks(counts, self.device, self.trainer.world_size).tolist()
-        loss = torch.zeros((), device=self.device)
-        for rows in cut_by_tokens(batch["lengths"], self.plan.max_tokens_per_micro_batch):
-            micro_loss = self.loss_sum(self.take_rows(batch, rows)) / count
-            with torch.autocast(self.device.type, enabled=False):
-                self.trainer.strategy.backward(micro_loss, None)
-            loss += micro_loss.detach()
-        trained = [p for p in self.parameters() if p.requires_grad]
-        sum_gradients_over_ranks(trained, self.device, self.trainer.world_size)
-        loss = sum_over_ranks(loss, self.device, self.trainer.world_size)
-        self._interval_tokens += int(num_tokens)
+        """Take one optimizer step's gradients, again and again until they are usable, and log the step."""
+        while True:
+            loss, failure = self.gradients(batch)
+            if failure is None:
+                break
+            self.handle(failure)
+        tokens = torch.tensor(float(sum(batch["lengths"])), dtype=torch.float64)
+        self._interval_tokens += int(sum_over_ranks(tokens, self.device, self.trainer.world_size))
         self._log_step(loss)
         return loss
+
+    def gradients(self, batch: Any) -> tuple[Tensor, StepFailure | None]:
+        """Compute the gradient of a step's rows; return the loss, and why the gradient is of no use, if so."""
+        loss, self._grad_norm, failure = gradients(self, batch)
+        return loss, failure
+
+    def handle(self, failure: StepFailure) -> None:
+        """Let the guards change something, after which the rows are taken again.
+
+        Raises:
+            RuntimeError: No guard can help.
+        """
+        if not any(handler(failure) for handler in self.failure_handlers.values()):
+            raise RuntimeError(
+                f"{failure.kind} in the {failure.stage} of step {failure.step}, rows {failure.row_ids}"
+            )
+
+    def lower_precision(self, precision: str) -> None:
+        """Compute in a safer precision from the step at hand on, whatever the trainer's."""
+        assert self.model is not None
+        follow_precision(self.model, precision)
+        self.step_precision = precision
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Update the weights, undone and taken again where memory runs out."""
+        step = partial(super().optimizer_step, epoch, batch_idx, optimizer, optimizer_closure)
+        update(self, step)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the backward of a micro-batch; the detached loss that Lightning hands back has none."""
@@ -259,13 +271,8 @@ class StepModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the step's gradient, unscaled and before clipping."""
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        self.log("grad_norm", self._grad_norm / (scaler.get_scale() if scaler is not None else 1.0))
 
     def on_train_start(self) -> None:
         wrapped = self.trainer.strategy.model
@@ -298,8 +305,7 @@ class StepModule(LightningModule):
     # ---- evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        for rows in cut_by_tokens(batch["lengths"], self.plan.max_tokens_per_micro_batch):
-            self.evaluate(self.take_rows(batch, rows))
+        evaluate_rows(self, batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -319,6 +325,9 @@ class StepModule(LightningModule):
             f"{split}/{name}": value.float() for name, value in self.metrics.compute().items()
         }
         self.metrics.reset()
+        for name, value in values.items():
+            if not torch.isfinite(value):
+                log.info("WARNING: %s is %s", name, float(value))
         step = self.trainer.global_step
         fitting = self.trainer.state.fn == "fit"
         if fitting:
@@ -341,35 +350,25 @@ class StepModule(LightningModule):
         Returns:
             Token ids of each answer, without the stop token.
         """
-        assert self.model is not None
-        with self.trainer.precision_plugin.forward_context():
-            pad_token_id = int(cast(int, self._tokenizer.pad_token_id))
-            return generate(self.model, prompts, max_new_tokens, stop_ids, pad_token_id)
+        pad_token_id = int(cast(int, self._tokenizer.pad_token_id))
+        return answer(self, prompts, max_new_tokens, stop_ids, pad_token_id)
 
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained and whole adapters, under the Hugging Face model's own names."""
         checkpoint["run_settings"] = self._run_settings()
-        adapters_only = isinstance(self.model, PeftModel)
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {
-            name.removeprefix("model."): value
-            for name, value in checkpoint["state_dict"].items()
-            if name.startswith("model.")
-            and (not adapters_only or name in trained or ".lora_" in name)
-        }
+        loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        for loader in loaders.get("combined_loader", []):
+            loader["num_handed_over"] = checkpoint[
+                "global_step"
+            ]  # not the batch of a step that failed
+        checkpoint["state_dict"] = weights_to_keep(self, checkpoint["state_dict"])
 
     def export(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
         """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
         assert self.model is not None
-        if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(
-                str(folder), state_dict=state_dict, save_embedding_layers=False
-            )
-        else:
-            self.model.save_pretrained(str(folder), state_dict=state_dict)
-        self._tokenizer.save_pretrained(str(folder))
+        export(self.model, self._tokenizer, folder, state_dict)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the weights of the checkpoint's folder into the model.
@@ -378,51 +377,38 @@ class StepModule(LightningModule):
             UserError: The folder holds another kind of weights, or an adapter of another base or shape.
         """
         fitting = self.trainer.state.fn == "fit"
-        if fitting:
-            refuse_another_run(checkpoint.get("run_settings", {}), self._run_settings())
         self.configure_model()
         assert self.model is not None
         adapters.restore_weights(self.model, Path(checkpoint["folder"]))
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         if fitting and checkpoint["global_step"] < self.plan.num_steps:
             loops["epoch_loop.batch_progress"]["is_last_batch"] = False  # the last of a shorter run
+        then, now = checkpoint.get("run_settings"), self._run_settings()
+        if fitting and then is not None and then != now:
+            new = self.configure_optimizers()
+            take_over(
+                checkpoint,
+                new["optimizer"],
+                new["lr_scheduler"]["scheduler"],
+                same_class=then.get("model.optimizer") == now["model.optimizer"],
+            )
 
     def _run_settings(self) -> dict[str, Any]:
-        """Return what must stay the same when a run goes on: the steps' rows and their learning rate."""
-        trial = build_optimizer(self.optimizer, torch.nn.Linear(2, 2).named_parameters(), None)
+        """Return what optimizer and schedule were set to; a restored state brings it along, changed or not."""
         return {
-            "model.optimizer.lr": float(trial.param_groups[0]["lr"]),
+            **optimizer_settings(self.optimizer),
             "model.lora_plus_ratio": self.lora_plus_ratio,
             "model.lr_scheduler": self.lr_scheduler,
-            "data.batch_size": self.plan.batch_size,
-            "data: training rows": self.plan.num_rows["train"],
-            "data: training tokens": self.plan.num_tokens["train"],
+            "num_warmup_steps": self.num_warmup_steps(self.plan),
+            "num_steps": self.plan.num_steps,
         }
 
     # ---- small parts
 
     @property
-    def _seed(self) -> int:
+    def seed(self) -> int:
+        """The run's seed for weights, dropout and the like."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-    def _weights_dtype(self) -> torch.dtype:
-        if self.dtype_name != "auto":
-            return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-                self.dtype_name
-            ]
-        if self.lora is None and str(self.trainer.precision).endswith("mixed"):
-            return torch.float32  # trained weights: an update of 16 bit would be lost in rounding
-        return self._precision_dtype() or torch.float32
-
-    def _compute_dtype(self) -> torch.dtype:
-        """Return the type 4-bit weights are multiplied in: it follows the trainer's precision."""
-        return self._precision_dtype() or self._weights_dtype()
-
-    def _precision_dtype(self) -> torch.dtype | None:
-        precision = str(self.trainer.precision)
-        if precision.startswith("bf16"):
-            return torch.bfloat16
-        return torch.float16 if precision.startswith("16") else None
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig
 
 from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.batches import DataPlan
-from fine_tune.errors import UserError
 from fine_tune.model_config import stored_quantization
 
 _WHY_NOT_INIT = {
@@ -143,23 +142,3 @@ def plan_problems(plan: DataPlan, config: PreTrainedConfig, num_warmup_steps: in
             f"({plan.steps_per_epoch} per epoch); lower it or give model.warmup_ratio"
         )
     return problems
-
-
-def refuse_another_run(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with other rows or another learning rate than the checkpoint's.
-
-    Args:
-        then: Settings kept in the checkpoint.
-        now: The same settings of the run that would go on.
-
-    Raises:
-        UserError: One line per difference.
-    """
-    changed = [
-        f"{key}: the checkpoint was trained with {then[key]}, this run would go on with {value}; "
-        "set it back, or start a new run from the checkpoint's folder as model.model_name_or_path"
-        for key, value in now.items()
-        if key in then and then[key] != value
-    ]
-    if changed:
-        raise UserError(*changed)

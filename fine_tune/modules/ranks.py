@@ -1,7 +1,11 @@
-"""Sums over all processes of a run: one for the counts, one for the gradients of a step."""
+"""What the processes of a run tell one another: sums of counts and gradients, and whether one of them failed."""
+
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def sum_over_ranks(value: Tensor, device: torch.device, world_size: int) -> Tensor:
@@ -11,6 +15,22 @@ def sum_over_ranks(value: Tensor, device: torch.device, world_size: int) -> Tens
     value = value.to(device)
     torch.distributed.all_reduce(value)
     return value
+
+
+def any_rank(flag: bool, device: torch.device, world_size: int) -> bool:
+    """Whether the flag is set in any process."""
+    if world_size == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag)), device, world_size).item())
+
+
+def from_all_ranks(value: T, world_size: int) -> list[T]:
+    """Return what each process holds."""
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def sum_gradients_over_ranks(

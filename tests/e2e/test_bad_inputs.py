@@ -393,7 +393,7 @@ def test_a_run_root_that_cannot_be_written(
     args = [*fit_args, "--trainer.default_root_dir", str(tmp_path / "file")]
     outcome = command_line("fit", *args, root=False)
     assert outcome.code == 2
-    assert "cannot be made" in outcome.err
+    assert "cannot be written" in outcome.err
 
 
 def without(args: list[str], *flags: str) -> list[str]:

@@ -47,6 +47,17 @@ def test_reopening_keeps_the_rows_up_to_the_checkpoint(tmp_path: Path) -> None:
     assert [row.split(",")[0] for row in rows(tmp_path)] == ["step", "1", "2", "3", "4"]
 
 
+def test_a_validation_after_reopening_joins_the_row_of_its_step(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path)
+    for step in range(1, 4):
+        logger.log_metrics({"train/loss": step}, step=step)
+    again = MetricsCSV(tmp_path, keep_until=2)
+    again.log_metrics({"val/loss": 5}, step=2)
+    assert rows(tmp_path)[1:] == ["1,,1,,,,", "2,,2,,,,5"]
+    again.log_metrics({"train/loss": 6}, step=3)
+    assert rows(tmp_path)[1:] == ["1,,1,,,,", "2,,2,,,,5", "3,,6,,,,"]
+
+
 def test_a_failing_wandb_is_one_line_and_the_run_goes_on(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,127 @@
+"""Losses and gradients that are no finite numbers: caught before the update, and taken again in a safer precision."""
+
+import logging
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+
+from fine_tune.batches import StepFailure
+from fine_tune.errors import GoBack, RunStopped, UserError
+from fine_tune.run_folder import run_of
+
+log = logging.getLogger("fine_tune")
+
+
+class PrecisionFallback(Callback):
+    """Go on in a safer precision when a loss or a gradient is infinite or no number.
+
+    It is found before the update, so weights, optimizer and schedule are still those of the last good step; the same
+    rows are taken again: first at a lower scale (16-mixed), then one step down the ladder 16-mixed, bf16-mixed where
+    the device has it, 32-true. Where 32-true fails too, the run stops with the rows named. A lowered precision stays.
+
+    Args:
+        enabled: False stops the run at the first such step instead.
+        max_skips: Times in a row that 16-mixed may lower its scale for one step before it is given up.
+    """
+
+    def __init__(self, enabled: bool = True, max_skips: int = 20) -> None:
+        if max_skips < 0:
+            raise UserError(f"precision_fallback.max_skips: must not be negative, got {max_skips}")
+        self.enabled, self.max_skips = enabled, max_skips
+        self._lowered_to: str | None = None
+        self._skips = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowered_to": self._lowered_to}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._lowered_to = state_dict["lowered_to"]
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.failure_handlers["precision_fallback"] = partial(self._handle, trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._lowered_to is not None and self._lowered_to != str(trainer.precision):
+            log.info("precision: %s, lowered earlier in this run", self._lowered_to)
+            self._lower(pl_module, self._lowered_to)
+            self._swap(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._skips = 0
+        self._swap(trainer, pl_module)
+
+    def _handle(self, trainer: Trainer, pl_module: Any, failure: StepFailure) -> bool:
+        if failure.kind != "non_finite":
+            return False
+        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        scaling = scaler is not None and pl_module.step_precision is None
+        if scaling and self._skips < self.max_skips and scaler.get_scale() > 1:
+            self._skips += 1
+            scaler.update(new_scale=scaler.get_scale() * scaler.get_backoff_factor())
+            return True
+        what = "a gradient" if math.isfinite(failure.loss) else f"the loss ({failure.loss:g})"
+        now = pl_module.step_precision or str(trainer.precision)
+        where = f"{what} of step {failure.step} is not finite in {now} (rows {_listed(failure.row_ids)})"
+        self._record(trainer, failure, where)
+        lower = next_precision(now, trainer.strategy.root_device)
+        weights = [p for p in pl_module.parameters() if p.requires_grad]
+        damaged = not torch.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in weights]))
+        if damaged and lower is not None and self.enabled:
+            raise GoBack(f"{where}, and the weights are not either: an update was too large", lower)
+        if damaged:
+            raise UserError(
+                f"{where}, and the weights are not finite either: an earlier update was too large. The last checkpoint "
+                "is from before; lower model.optimizer.lr, or set trainer.gradient_clip_val"
+            )
+        if lower is None or not self.enabled:
+            raise RunStopped(
+                f"{where}; weights and optimizer are still those of step {failure.step - 1}. Look at these rows "
+                f"(python -m fine_tune explain-step {run_of(trainer).path} {failure.step}), lower model.optimizer.lr, "
+                "or set trainer.gradient_clip_val"
+            )
+        log.info(
+            "WARNING: %s; the same rows are taken again in %s, and the run goes on with it",
+            where,
+            lower,
+        )
+        self._lower(pl_module, lower)
+        return True
+
+    def _lower(self, pl_module: Any, precision: str) -> None:
+        pl_module.lower_precision(precision)
+        self._lowered_to = precision
+
+    def _swap(self, trainer: Trainer, pl_module: Any) -> None:
+        # between steps: within one, the trainer's plugin still has to unscale what it scaled
+        if pl_module.step_precision is None:
+            return
+        device = trainer.strategy.root_device.type
+        lower = pl_module.step_precision
+        plugin = Precision() if lower == "32-true" else MixedPrecision(lower, device)
+        trainer.strategy.precision_plugin = plugin
+        pl_module.step_precision = None
+
+    def _record(self, trainer: Trainer, failure: StepFailure, event: str) -> None:
+        if trainer.is_global_zero:
+            run = run_of(trainer)
+            entry = {"step": failure.step, "event": event, "row_ids": failure.row_ids}
+            run.update({"events": [*run.read().get("events", []), entry]})
+
+
+def next_precision(now: str, device: torch.device) -> str | None:
+    """Return the next safer precision, or None: 16-mixed, bf16-mixed where the device has it, 32-true."""
+    if now == "16-mixed":
+        on_gpu = device.type == "cuda"
+        return "bf16-mixed" if not on_gpu or torch.cuda.is_bf16_supported(False) else "32-true"
+    return "32-true" if now == "bf16-mixed" else None
+
+
+def _listed(row_ids: list[int]) -> str:
+    shown = ", ".join(map(str, row_ids[:16]))
+    return shown if len(row_ids) <= 16 else f"{shown} and {len(row_ids) - 16} more"

@@ -1,0 +1,181 @@
+"""Memory: the worst step is rehearsed before the first, watched while training, and survived when it runs out."""
+
+import logging
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fine_tune.batches import StepFailure, log_interval, plan_of
+from fine_tune.callbacks.rehearsal import rehearse
+from fine_tune.device_memory import DeviceMemory, memory_of
+from fine_tune.errors import RunStopped, UserError
+from fine_tune.run_folder import run_of
+
+log = logging.getLogger("fine_tune")
+WARN_PERCENT = 90
+GIB = 2**30
+TOO_LARGE = (
+    "one row alone does not fit; set --model.gradient_checkpointing true, --model.quantization nf4 with --model.lora "
+    "auto, or --data.max_length {length}"
+)
+
+
+class VRAMGuard(Callback):
+    """Keep a run within its device's memory.
+
+    Before the first step it rehearses the worst one (longest rows, optimizer, validation, generation, save and
+    reload) and leaves everything as it was. Out of memory, it halves the micro-batch budget and takes the same rows
+    again: same step, same learning rate, same gradient.
+
+    Args:
+        rehearse: Rehearse before the first step.
+        threshold_percent: Of the device's memory; above it caches are cleared, and the budget is cut before a step.
+        min_tokens: The budget is never cut below so many padded tokens; one row alone is always tried.
+    """
+
+    def __init__(
+        self, rehearse: bool = True, threshold_percent: float = 95.0, min_tokens: int = 1
+    ) -> None:
+        if not 0 < threshold_percent <= 100 or min_tokens < 1:
+            raise UserError(
+                f"vram_guard: threshold_percent {threshold_percent} lies above 0 and up to 100, "
+                f"min_tokens {min_tokens} must be at least 1"
+            )
+        self.rehearse, self.threshold_percent, self.min_tokens = (
+            rehearse,
+            threshold_percent,
+            min_tokens,
+        )
+        self._budget: int | None = None  # None: the plan's
+        self._rehearsed: dict[str, Any] = {}
+        self._warned = False
+        self._before_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"budget": self._budget, "rehearsed": self._rehearsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._budget, self._rehearsed = state_dict["budget"], state_dict["rehearsed"]
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.memory: DeviceMemory = memory_of(trainer.strategy.root_device)
+        pl_module.failure_handlers["vram_guard"] = partial(self._handle, trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._keep_budget(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._keep_budget(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        plan = plan_of(trainer)
+        self._keep_budget(trainer, pl_module)
+        pl_module.keeps_state = self.memory.can_run_out and _is_adapter(pl_module)
+        now = {
+            "longest_row": dict(plan.longest_row),
+            "batch_size": plan.batch_size,
+            "budget": plan.max_tokens_per_micro_batch,
+            "device": f"{trainer.strategy.root_device.type} {self.memory.total()}",
+        }
+        if self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps:
+            for line in rehearse(trainer, pl_module, self.memory):
+                log.info(line)
+            self._rehearsed = now
+        self.memory.reset_peak()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give way to other processes on the device before they make the step fail."""
+        self._before_step = self.memory.allocated() if self.memory.can_run_out else 0
+        if not self.memory.can_run_out or self._percent() < self.threshold_percent:
+            return
+        self.memory.clear_cache()
+        if self._percent() >= self.threshold_percent:
+            tokens = pl_module.max_tokens_per_micro_batch or sum(batch["lengths"])
+            self._cut(
+                trainer,
+                pl_module,
+                max(batch["lengths"][0], tokens // 2),
+                "the device is nearly full",
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % log_interval(trainer):
+            return
+        used = self._percent()
+        pl_module.log_dict(
+            {
+                "perf/memory_allocated_gib": self.memory.allocated() / GIB,
+                "perf/memory_reserved_gib": self.memory.reserved() / GIB,
+                "perf/memory_used_percent": used,
+            }
+        )
+        if used >= WARN_PERCENT and not self._warned:
+            self._warned = True
+            total = self.memory.total() / GIB
+            log.info("WARNING: %.0f %% of the device's %.1f GiB are used", used, total)
+
+    def _keep_budget(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._budget is not None:
+            planned = plan_of(trainer).max_tokens_per_micro_batch or self._budget
+            pl_module.max_tokens_per_micro_batch = min(self._budget, planned)
+
+    def _percent(self) -> float:
+        return 100 * self.memory.used() / self.memory.total()
+
+    def _handle(self, trainer: Trainer, pl_module: Any, failure: StepFailure) -> bool:
+        if failure.kind != "out_of_memory":
+            return False
+        self.memory.clear_cache()
+        if failure.stage == "optimizer":
+            return self._retry_update(trainer, failure)
+        if failure.rows_at_once <= 1:
+            longest = max(failure.lengths)
+            hint = TOO_LARGE.format(length=max(1, longest // 2))
+            raise RunStopped(
+                f"out of memory in the {failure.stage} of step {failure.step} with a row of {longest:,} tokens: {hint}"
+            )
+        if failure.stage == "generation":
+            return True  # half of the prompts at a time
+        lengths = f"{failure.rows_at_once} rows at once, longest {max(failure.lengths):,} tokens"
+        budget = max(self.min_tokens, failure.tokens_at_once // 2)
+        why = f"out of memory in the {failure.stage} of step {failure.step} ({lengths})"
+        self._cut(trainer, pl_module, budget, why)
+        return True
+
+    def _retry_update(self, trainer: Trainer, failure: StepFailure) -> bool:
+        if getattr(self, "_failed_update", 0) == failure.step:
+            raise UserError(
+                f"out of memory in the optimizer's update of step {failure.step}, twice: its state does not fit; take "
+                "an 8-bit or paged optimizer (bitsandbytes.optim.PagedAdamW8bit), or model.lora"
+            )
+        self._failed_update = failure.step
+        self._record(
+            trainer,
+            failure.step,
+            "out of memory in the optimizer's update; it was undone and taken again",
+        )
+        return True
+
+    def _cut(self, trainer: Trainer, pl_module: Any, budget: int, why: str) -> None:
+        before = pl_module.max_tokens_per_micro_batch
+        pl_module.max_tokens_per_micro_batch = self._budget = budget
+        shown = f"{before:,}" if before is not None else "the whole step"
+        self._record(
+            trainer, trainer.global_step + 1, f"{why}: {shown} -> {budget:,} tokens per micro-batch"
+        )
+
+    def _record(self, trainer: Trainer, step: int, event: str) -> None:
+        if trainer.is_global_zero:
+            log.info("WARNING: %s", event)
+            run = run_of(trainer)
+            run.update({"events": [*run.read().get("events", []), {"step": step, "event": event}]})
+
+
+def _is_adapter(pl_module: Any) -> bool:
+    trained = [p for p in pl_module.parameters() if p.requires_grad]
+    return sum(p.numel() for p in trained) < 0.5 * sum(p.numel() for p in pl_module.parameters())

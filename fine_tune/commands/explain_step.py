@@ -1,0 +1,157 @@
+"""``explain-step``: the rows behind one optimizer step of a run, where they come from, what the model saw."""
+
+import argparse
+import csv
+import difflib
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from fine_tune.callbacks.step_rows import FOLDER, recorded_steps, rows_of_step
+from fine_tune.cli import exit_code, prepare_as_fit
+from fine_tune.commands.shown_rows import printable, shown_row
+from fine_tune.data.encode_rows import column
+from fine_tune.errors import UserError
+from fine_tune.loggers import METRICS_FILE
+from fine_tune.modules.run_identity import differences
+from fine_tune.run_folder import LOGS, RECORD, RunFolder, versions
+
+# The data does not depend on the machine, and the run's may not be at hand.
+ANY_MACHINE = [
+    *("--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"),
+    *("--trainer.num_nodes", "1", "--trainer.precision", "32-true", "--ckpt_path", "null"),
+]
+SHOWN_METRICS = ("epoch", "train/loss", "lr", "grad_norm")
+
+
+def main(args: list[str]) -> int:
+    """Print the rows of one step; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fine_tune explain-step", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("run", help="A run folder, or <name>, or <name>/version_N.")
+    parser.add_argument("step", type=int, help="The optimizer step, from 1, as in metrics.csv.")
+    parser.add_argument(
+        "--root", type=Path, default=Path("."), help=f"The folder that holds {LOGS}."
+    )
+    own = parser.parse_args(args[1:])
+    return exit_code(lambda: explain_step(own.run, own.step, own.root))
+
+
+def explain_step(run_name: str, step: int, root: Path) -> None:
+    """Print the rows a step was given: per rank their ids, then each with its place, length and text.
+
+    Args:
+        run_name: A run folder, a run's name (its newest version), or name and version.
+        step: The optimizer step, from 1.
+        root: Folder that holds ``lightning_logs``.
+
+    Raises:
+        UserError: No such run or step, or the data is no longer what the run was trained on.
+    """
+    run = RunFolder(find_run(run_name, root).path.resolve())
+    by_rank = _rows(run, step)
+    directory = run.read().get("commands", [{}])[-1].get("directory", ".")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with chdir(directory if Path(directory).is_dir() else "."):  # the config's paths start there
+        data = _data(run)
+        console.print(f"step {step} of {run.path}")
+        for line in [*_facts(run, step), *_ids(by_rank), _recipe(data, step, by_rank), ""]:
+            console.print(line)
+        rows = data.rows("train")
+        ids_of_rows = column(rows, "row_id")
+        row_ids = [row_id for ids in by_rank.values() for row_id in ids]
+        for row_id, where in zip(row_ids, data.locate_rows(row_ids), strict=True):
+            row = rows[int(np.flatnonzero(ids_of_rows == row_id)[0])]
+            title = f"row id {row_id}, {printable(where)}"
+            console.print(shown_row(row, data.tokenizer, title))
+
+
+def find_run(name: str, root: Path) -> RunFolder:
+    """Find a run by its folder, its name (the newest version) or its name and version.
+
+    Raises:
+        UserError: There is none; the nearest names, or the versions there are.
+    """
+    logs = root / LOGS
+    for folder in (Path(name), logs / name):
+        if (folder / RECORD).is_file():
+            return RunFolder(folder)
+    base, _, version = name.strip("/").removeprefix(f"{LOGS}/").partition("/")
+    found = versions(root, base)
+    of_version = [run for run in found if run.path.name in (version, f"version_{version}")]
+    if found and (of_version or not version):
+        return (of_version or found)[-1]
+    if found:
+        raise UserError(
+            f"run: '{base}' has {', '.join(run.path.name for run in found)}, not {version}"
+        )
+    names = sorted(p.name for p in logs.glob("*") if list(p.glob(f"version_*/{RECORD}")))
+    close = difflib.get_close_matches(base, names, n=3, cutoff=0.5) or names[:5]
+    there = f"; there are {', '.join(close)}" if close else f"; there are no runs under {logs}"
+    raise UserError(f"run: no run '{name}'{there}")
+
+
+def _rows(run: RunFolder, step: int) -> dict[int, list[int]]:
+    by_rank = rows_of_step(run.path / FOLDER, step)
+    if not by_rank:
+        recorded = recorded_steps(run.path / FOLDER)
+        if recorded is None:
+            raise UserError(f"step: {run.path} has no record of its steps' rows")
+        raise UserError(
+            f"step: {run.path} has rows of steps {recorded[0]} to {recorded[1]}, asked for {step}"
+        )
+    return by_rank
+
+
+def _data(run: RunFolder) -> Any:
+    then, config = run.read().get("identity"), run.path / "config.yaml"
+    if not then or not config.is_file():
+        raise UserError(
+            f"run: {run.path} has no config.yaml, or its {RECORD} does not say what its data was"
+        )
+    data = prepare_as_fit(["--config", str(config), *ANY_MACHINE]).datamodule
+    changed = differences(then, {**then, **data.content})
+    if changed:
+        raise UserError(
+            *(f"{change.key}: is not what the run was trained on any more" for change in changed),
+            "data: the rows of a step cannot be shown; put the data back as it was",
+        )
+    return data
+
+
+def _facts(run: RunFolder, step: int) -> list[str]:
+    lines = []
+    with open(run.path / METRICS_FILE, newline="") as handle:
+        row = next((row for row in csv.DictReader(handle) if int(row["step"]) == step), {})
+    shown = [f"{name} {row[name]}" for name in SHOWN_METRICS if row.get(name)]
+    lines.append(
+        "  ".join(shown) if shown else "its loss was not logged (trainer.log_every_n_steps)"
+    )
+    record = run.read()
+    for name in ("events", "changes"):
+        for entry in (e for e in record.get(name, []) if e["step"] == step):
+            told = (
+                entry.get("event")
+                or f"{entry['key']}: {entry['from']} until here, then {entry['to']}"
+            )
+            lines.append(printable(told))
+    return lines
+
+
+def _ids(by_rank: dict[int, list[int]]) -> list[str]:
+    count = sum(len(ids) for ids in by_rank.values())
+    lines = [f"{count} rows over {len(by_rank)} process(es)"]
+    return lines + [f"  rank {rank}: {', '.join(map(str, ids))}" for rank, ids in by_rank.items()]
+
+
+def _recipe(data: Any, step: int, by_rank: dict[int, list[int]]) -> str:
+    data.setup("fit")
+    indices = data.train_dataloader().sampler.rows_of_step(step - 1)
+    computed = sorted(column(data.rows("train"), "row_id")[indices].tolist())
+    if computed == sorted(row_id for ids in by_rank.values() for row_id in ids):
+        return "the same rows follow from data.seed, data.batch_size and the data"
+    return "WARNING: other rows follow from the run's settings as they are now (see changes in run.json)"

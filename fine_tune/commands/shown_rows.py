@@ -1,0 +1,46 @@
+"""A row as the terminal shows it: its text, supervised tokens marked, nothing in it that could steer the terminal."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from fine_tune.losses import IGNORE_INDEX
+
+
+def shown_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: str) -> Text:
+    """Lay out an encoded row.
+
+    Args:
+        row: With ``input_ids``, ``labels`` and ``num_supervised``.
+        tokenizer: Turns ids into text.
+        title: Stands before the counts.
+    """
+    special = set(tokenizer.all_special_ids)
+    shown = Text(f"{title}: {len(row['input_ids'])} tokens, ")
+    shown.append(f"supervised {row['num_supervised']}", style="bold green").append("\n")
+    for ids, supervised in _runs(row["input_ids"], row["labels"]):
+        stop = supervised and ids[-1] in special
+        text = printable(str(tokenizer.decode(ids[:-1] if stop else ids)), keep="\n\t")
+        shown.append(
+            f"\u00ab{text}\u00bb" if supervised else text, "green" if supervised else "dim"
+        )
+        if stop:
+            stop_text = printable(str(tokenizer.decode(ids[-1:])))
+            shown.append(f"[stop {stop_text}]", style="bold reverse green")
+    return shown.append("\n")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return text with every control character written out, except those to ``keep``."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def _runs(input_ids: list[int], labels: list[int]) -> Iterator[tuple[list[int], bool]]:
+    start = 0
+    for end in range(1, len(labels) + 1):
+        supervised = labels[start] != IGNORE_INDEX
+        if end == len(labels) or (labels[end] != IGNORE_INDEX) != supervised:
+            yield input_ids[start:end], supervised
+            start = end

@@ -1,0 +1,109 @@
+"""How full a device's memory is: one small interface, so that tests can play any device."""
+
+from typing import Protocol
+
+import psutil
+import torch
+from lightning.pytorch.utilities.memory import is_oom_error
+
+
+class DeviceMemory(Protocol):
+    """What a guard may ask of a device; all sizes in bytes."""
+
+    can_run_out: bool  # whether running out is an error that can be caught
+
+    def total(self) -> int:
+        """Memory of the device."""
+
+    def used(self) -> int:
+        """Used on the device by all processes."""
+
+    def reserved(self) -> int:
+        """Held by this process, its caches included."""
+
+    def allocated(self) -> int:
+        """Used by this process."""
+
+    def peak(self) -> int:
+        """The most this process has used since ``reset_peak``."""
+
+    def reset_peak(self) -> None:
+        """Start to measure the peak anew."""
+
+    def clear_cache(self) -> None:
+        """Give back what this process holds and does not use."""
+
+
+class CudaMemory:
+    """A CUDA device; what other processes use of it is counted by the driver."""
+
+    can_run_out = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def total(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[1]
+
+    def used(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    def reserved(self) -> int:
+        return torch.cuda.memory_reserved(self.device)
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def clear_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class HostMemory:
+    """The machine's own memory: this process against what is available to it."""
+
+    can_run_out = False  # the system ends the process, without an error to catch
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._peak = 0
+
+    def total(self) -> int:
+        return int(psutil.virtual_memory().total)
+
+    def used(self) -> int:
+        memory = psutil.virtual_memory()
+        return int(memory.total - memory.available)
+
+    def reserved(self) -> int:
+        return self.allocated()
+
+    def allocated(self) -> int:
+        now = int(self._process.memory_info().rss)
+        self._peak = max(self._peak, now)
+        return now
+
+    def peak(self) -> int:
+        return max(self._peak, self.allocated())
+
+    def reset_peak(self) -> None:
+        self._peak = 0
+
+    def clear_cache(self) -> None:
+        """Nothing is cached."""
+
+
+def memory_of(device: torch.device) -> DeviceMemory:
+    """Return the memory of a device."""
+    return CudaMemory(device) if device.type == "cuda" else HostMemory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)

@@ -1,0 +1,65 @@
+"""Rows evaluated and prompts answered in parts that fit the device; a part that does not is taken in smaller ones."""
+
+from typing import TYPE_CHECKING, Any
+
+from fine_tune.batches import StepFailure, cut_by_tokens
+from fine_tune.device_memory import is_out_of_memory
+from fine_tune.modules.generation import generate
+from fine_tune.modules.precision import lowered
+
+if TYPE_CHECKING:
+    from fine_tune.modules.base import StepModule
+
+
+def evaluate_rows(module: "StepModule", batch: Any) -> None:
+    """Add the rows of an evaluation batch, longest first, to the module's metrics, each of them once."""
+    start, lengths = 0, batch["lengths"]
+    while start < len(lengths):
+        first = cut_by_tokens(lengths[start:], module.max_tokens_per_micro_batch)[0]
+        rows, out_of_memory = slice(start, start + first.stop), False
+        try:
+            with lowered(module.step_precision, module.device):
+                module.evaluate(module.take_rows(batch, rows))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory = True
+        if not out_of_memory:
+            start = rows.stop
+            continue
+        module.handle(
+            StepFailure(
+                "out_of_memory",
+                "evaluation",
+                module.trainer.global_step,
+                row_ids=list(batch["row_ids"][rows]),
+                lengths=list(lengths[rows]),
+                rows_at_once=first.stop,
+                tokens_at_once=lengths[start] * first.stop,
+            )
+        )
+
+
+def answer(
+    module: "StepModule",
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: list[int],
+    pad_token_id: int,
+) -> list[list[int]]:
+    """Answer prompts greedily, in halves where all at once do not fit."""
+    try:
+        with (
+            module.trainer.precision_plugin.forward_context(),
+            lowered(module.step_precision, module.device),
+        ):
+            return generate(module.model, prompts, max_new_tokens, stop_ids, pad_token_id)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    lengths, rows = [len(prompt) for prompt in prompts], len(prompts)
+    tokens, step = (max(lengths) + max_new_tokens) * rows, module.trainer.global_step
+    module.handle(StepFailure("out_of_memory", "generation", step, [], lengths, rows, tokens))
+    halves = (prompts[: rows // 2], prompts[rows // 2 :])
+    options = (max_new_tokens, stop_ids, pad_token_id)
+    return [text for half in halves for text in answer(module, half, *options)]

@@ -1,0 +1,62 @@
+"""The weights of a module: loaded as its settings say, and what of them a checkpoint keeps."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from fine_tune import adapters, models
+from fine_tune.modules.precision import precision_dtype, weights_dtype
+
+if TYPE_CHECKING:
+    from fine_tune.modules.base import StepModule
+
+
+def load_weights(module: "StepModule", config: PreTrainedConfig) -> Any:
+    """Load or initialise the model, quantized and adapted as the module's settings say, ready to train."""
+    precision = str(module.trainer.precision)
+    dtype = weights_dtype(module.dtype_name, precision, frozen=module.lora is not None)
+    quantization = None
+    if module.quantized:
+        compute_dtype = precision_dtype(precision) or dtype
+        quantization = models.quantization_config(module.quantized, compute_dtype)
+    model: Any = models.load_model(
+        config,
+        module.model_name_or_path,
+        revision=module.revision,
+        dtype=dtype,
+        attn_implementation=module.attn_implementation,
+        quantization=quantization,
+    )
+    if module.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if module.lora is not None:
+        model = adapters.add_lora(model, module.lora, module.model_name_or_path)
+        if precision.endswith("mixed"):
+            adapters.keep_trained_in_float32(model)
+    model.train()
+    return model
+
+
+def weights_to_keep(module: "StepModule", state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keep what was trained and whole adapters, under the Hugging Face model's own names."""
+    adapters_only = isinstance(module.model, PeftModel)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name.removeprefix("model."): value
+        for name, value in state_dict.items()
+        if name.startswith("model.") and (not adapters_only or name in trained or ".lora_" in name)
+    }
+
+
+def export(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict[str, Tensor]
+) -> None:
+    """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
+    options: dict[str, Any] = {"state_dict": state_dict}
+    if isinstance(model, PeftModel):
+        options["save_embedding_layers"] = False
+    model.save_pretrained(str(folder), **options)
+    tokenizer.save_pretrained(str(folder))

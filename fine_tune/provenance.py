@@ -1,0 +1,152 @@
+"""Where a run comes from: what it is, what was changed on the way, its parents, the commands that made it."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fine_tune.checkpoint import MANIFEST
+from fine_tune.modules.run_identity import (
+    IDENTITY_FILE,
+    Change,
+    differences,
+    identity_hash,
+    read_identity,
+    refuse_another_run,
+    write_identity,
+)
+from fine_tune.places import Place
+from fine_tune.run_folder import RunFolder
+
+log = logging.getLogger("fine_tune")
+SECRET_VARIABLE = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
+SHORTEST_SECRET = 8
+
+
+def check_same_run(place: Place, identity: dict[str, Any], allow_changes: bool) -> list[Change]:
+    """Hold the run that would go on against the checkpoint's, before weights load and before anything is written.
+
+    Args:
+        place: Where ``fit`` would go on.
+        identity: What the run would be.
+        allow_changes: Go on with another run's settings all the same.
+
+    Returns:
+        What differs, all of it allowed.
+
+    Raises:
+        UserError: What differs and is not allowed.
+    """
+    if place.checkpoint is None:
+        return []
+    then = read_identity(place.checkpoint)
+    if then is None:  # written in shards by a strategy of its own
+        then = RunFolder(place.checkpoint.parent.parent).read().get("identity")
+    if then is None:
+        log.info(
+            "WARNING: %s has no %s: its settings are not compared", place.checkpoint, IDENTITY_FILE
+        )
+        return []
+    changes = differences(then, identity)
+    if not allow_changes:
+        refuse_another_run(changes)
+    for change in changes:
+        log.info("%s%s", "" if change.allowed else "WARNING: ", change)
+    return changes
+
+
+def record_origin(
+    run: RunFolder,
+    place: Place,
+    identity: dict[str, Any],
+    changes: list[Change],
+    *,
+    model: str | None,
+    command: list[str],
+) -> None:
+    """Write into ``run.json`` what the run is, what changed at which step, its parents, and the command.
+
+    Args:
+        run: The claimed folder.
+        place: Where it goes on; changes recorded at later steps were undone with them.
+        identity: What it is.
+        changes: What is not as in the checkpoint.
+        model: The folder or name its weights come from.
+        command: The arguments given.
+    """
+    record, step = run.read(), place.step
+    made = [
+        {
+            "step": step,
+            "key": change.key,
+            "from": change.before,
+            "to": change.now,
+            "allowed_by": "being longer" if change.allowed else "--allow_changes",
+        }
+        for change in changes
+    ]
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    launch = {"time": started, "from_step": step, "command": without_secrets(command)}
+    continued = place.checkpoint if place.run is None else None
+    run.update(
+        {
+            "identity": identity,
+            "identity_hash": identity_hash(identity),
+            "changes": [c for c in record.get("changes", []) if c["step"] < step] + made,
+            "parents": record.get("parents") or _parents(model, continued),
+            "commands": [*record.get("commands", []), {**launch, "directory": os.getcwd()}],
+        }
+    )
+
+
+def with_identity(
+    export: Callable[[Path, dict[str, Tensor]], None], identity: dict[str, Any]
+) -> Callable[[Path, dict[str, Tensor]], None]:
+    """Let an export of a model's files into a checkpoint also write what the run is."""
+
+    def export_both(folder: Path, weights: dict[str, Tensor]) -> None:
+        export(folder, weights)
+        write_identity(folder, identity)
+
+    return export_both
+
+
+def without_secrets(args: list[str]) -> list[str]:
+    """Return arguments with the values of secret-looking environment variables replaced."""
+    secrets = [
+        value
+        for name, value in os.environ.items()
+        if SECRET_VARIABLE.search(name) and len(value) >= SHORTEST_SECRET
+    ]
+    redacted = list(args)
+    for secret in sorted(secrets, key=len, reverse=True):
+        redacted = [arg.replace(secret, "***") for arg in redacted]
+    return redacted
+
+
+def _parents(model: str | None, continued: Path | None) -> list[dict[str, Any]]:
+    found = {"weights": Path(model) if model else None, "training state": continued}
+    return [
+        {"gave": gave, **_checkpoint(folder)}
+        for gave, path in found.items()
+        if path is not None and (folder := _checkpoint_folder(path)) is not None
+    ]
+
+
+def _checkpoint_folder(path: Path) -> Path | None:
+    resolved = path.resolve()
+    return next((p for p in (resolved, *resolved.parents) if (p / MANIFEST).is_file()), None)
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    identity = read_identity(folder)
+    return {
+        "run": str(folder.parent.parent),
+        "checkpoint": folder.name,
+        "identity_hash": identity_hash(identity) if identity else None,
+    }

@@ -1,0 +1,127 @@
+"""What dies on its own (an exception, a data worker, a process of several) ends the run clearly, and it resumes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import CommandLine, Outcome
+from processes import SLOW, TWO, assert_same_run, rank_pid, resume, start, wait_for_step
+
+from fine_tune.run_folder import RunFolder
+
+SECRETS = {
+    "HF_TOKEN": "hf_canaryCanaryCanaryCanary42",
+    "WANDB_API_KEY": "f" * 39 + "e",
+    "OPENAI_API_KEY": "sk-canary-for-the-run-folder",
+}
+
+
+def defect(step: int, message: str = "a defect", where: str = "step") -> list[str]:
+    settings = {"step": step, "message": message, "where": where}
+    flags = [f"--trainer.callbacks.{key}={value}" for key, value in settings.items()]
+    return ["--trainer.callbacks+=signal_at.Defect", *flags]
+
+
+@pytest.mark.parametrize("where", ["forward", pytest.param("step", marks=pytest.mark.slow)])
+def test_an_exception_keeps_its_traceback_and_ends_with_the_resume_command(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, where: str
+) -> None:
+    args = [*fit_args, "--checkpoint.every", "2"]
+    straight = command_line("fit", *args, "--name", "straight")
+    process = start([*args, *defect(5, where=where)], tmp_path)
+    _, err = process.communicate(timeout=100)
+    run = straight.run("run")
+    assert process.returncode == 1
+    assert "RuntimeError: a defect" in err
+    config = run.path / "config.yaml"
+    last_line = f"resume: python -m fine_tune fit --config {config} --ckpt_path last"
+    assert err.strip().splitlines()[-1] == last_line
+    assert run.read()["status"] == "failed"
+    assert run.read()["last"].endswith("step=4")
+    assert "RuntimeError: a defect" in (run.path / "train.log").read_text()
+    assert_same_run(straight, resume(command_line, run))
+
+
+def test_an_exception_before_the_first_checkpoint_says_the_command_that_starts_again(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        command_line("fit", *fit_args, *defect(2))
+    config = tmp_path / "lightning_logs" / "run" / "version_0" / "config.yaml"
+    assert raised.value.__notes__ == [f"start again: python -m fine_tune fit --config {config}"]
+
+
+def test_no_secret_reaches_the_run_folder(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, value in SECRETS.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(RuntimeError):
+        command_line("fit", *fit_args, *defect(3, message="environment"), "--checkpoint.every", "1")
+    files = [p for p in (tmp_path / "lightning_logs").rglob("*") if p.is_file()]
+    assert {"config.yaml", "run.json", "train.log"} <= {file.name for file in files}
+    for value in SECRETS.values():
+        assert not [file for file in files if value.encode() in file.read_bytes()]
+    log = next(file for file in files if file.name == "train.log").read_text()
+    assert "RuntimeError: *** ***" in log
+
+
+def test_a_killed_data_worker_ends_the_run_with_a_clear_error(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    process = start([*fit_args, *SLOW, "--data.num_workers", "2"], tmp_path)
+    run = RunFolder(tmp_path / "lightning_logs" / "run" / "version_0")
+    wait_for_step(run, 2)
+    worker = psutil.Process(process.pid).children()[0]
+    worker.kill()
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode == 1
+    assert f"DataLoader worker (pid {worker.pid}) is killed by signal: Killed" in err
+    assert "start again: python -m fine_tune fit" in err.splitlines()[-1]
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    kill_one_of_two(fit_args, tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_of_two_processes_of_which_one_was_killed_resumes_bit_for_bit(
+    fit_args: list[str], tmp_path: Path, rank: int
+) -> None:
+    args = [*fit_args, "--checkpoint.every", "2"]
+    run = kill_one_of_two(args, tmp_path, rank)
+    again = ["--config", str(run.path / "config.yaml"), "--trainer.callbacks", "null"]
+    resumed = start([*again, "--ckpt_path", "last"], tmp_path)
+    _, err = resumed.communicate(timeout=100)
+    assert resumed.returncode == 0, err
+    straight = start([*args, *TWO, "--name", "straight"], tmp_path)
+    _, err = straight.communicate(timeout=100)
+    assert straight.returncode == 0, err
+    outcome = Outcome(0, "", "", tmp_path)
+    assert_same_run(outcome, outcome)
+
+
+def kill_one_of_two(args: list[str], tmp_path: Path, rank: int) -> RunFolder:
+    process = start([*args, *TWO, *SLOW], tmp_path)
+    run = RunFolder(tmp_path / "lightning_logs" / "run" / "version_0")
+    wait_for_step(run, 3)
+    pids = [rank_pid(process.pid, 0), rank_pid(process.pid, 1)]
+    other = psutil.Process(pids[1 - rank])
+    os.kill(pids[rank], signal.SIGKILL)
+    killed = time.monotonic()
+    process.communicate(timeout=60)  # rank 1 shares its output
+    other.wait(60)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    return run

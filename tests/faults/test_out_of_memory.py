@@ -1,0 +1,296 @@
+"""Running out of memory changes nothing but the size of the micro-batches: same rows, same gradient, same rate."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from harness import CommandLine, Outcome
+from safetensors.torch import load_file
+
+from fine_tune.modules import SFT
+
+LORA = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "v_proj"]']
+NO_REHEARSAL = ["--vram_guard.rehearse", "false"]
+
+
+class Device:
+    """A device of any size, as the guard sees it; ``limit`` is the padded tokens that fit in one forward pass."""
+
+    can_run_out = True
+
+    def __init__(self, limit: int = 10**9, percent: float = 50.0) -> None:
+        self.limit, self.percent = limit, percent
+
+    def total(self) -> int:
+        return 10**10
+
+    def used(self) -> int:
+        return int(10**8 * self.percent)
+
+    reserved = allocated = peak = used
+
+    def reset_peak(self) -> None: ...
+
+    def clear_cache(self) -> None: ...
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Every run of the test is on this device, and its forward passes keep to the limit."""
+    device = Device()
+    monkeypatch.setattr("fine_tune.callbacks.vram_guard.memory_of", lambda _: device)
+    for name in ("loss_sum", "evaluate"):
+        run_out_above_limit(monkeypatch, name, device)
+    return device
+
+
+def run_out_above_limit(monkeypatch: pytest.MonkeyPatch, name: str, device: Device) -> None:
+    original = getattr(SFT, name)
+
+    def limited(self: SFT, micro_batch: Any) -> Any:
+        if micro_batch["input_ids_BT"].numel() > device.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return original(self, micro_batch)
+
+    monkeypatch.setattr(SFT, name, limited)
+
+
+def once(step: int, original: Any, stage: str = "before") -> Any:
+    """A method that runs out of memory the first time it is called at a step."""
+    left = [True]
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self if isinstance(self, SFT) else None
+        now = module.trainer.global_step + 1 if module is not None else step
+        if now == step and left[0]:
+            left[0] = False
+            if stage == "after":
+                original(self, *args, **kwargs)
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return original(self, *args, **kwargs)
+
+    return failing
+
+
+def weights(outcome: Outcome, name: str) -> dict[str, torch.Tensor]:
+    last = outcome.run(name).checkpoint("last")
+    assert last is not None
+    return load_file(next(last.glob("*.safetensors")))
+
+
+def assert_same(ours: Outcome, name: str, other: str = "straight", bound: float = 1e-6) -> None:
+    mine, theirs = weights(ours, name), weights(ours, other)
+    distance = torch.cat([(mine[k] - theirs[k]).flatten() for k in theirs]).norm()
+    assert distance / torch.cat([w.flatten() for w in theirs.values()]).norm() <= bound
+    rows, straight = ours.metrics(name), ours.metrics(other)
+    assert [row["step"] for row in rows] == [row["step"] for row in straight]
+    assert [row["lr"] for row in rows] == [row["lr"] for row in straight]
+    for row, expected in zip(rows, straight, strict=True):
+        if row["train/loss"]:
+            assert float(row["train/loss"]) == pytest.approx(
+                float(expected["train/loss"]), rel=1e-5
+            )
+
+
+@pytest.mark.parametrize("settings", [[], LORA])
+def test_forward_passes_that_do_not_fit_are_taken_in_smaller_parts(
+    command_line: CommandLine, fit_args: list[str], device: Device, settings: list[str]
+) -> None:
+    args = [*fit_args, *settings, *NO_REHEARSAL]
+    command_line("fit", *args, "--name", "straight")
+    device.limit = 60
+    outcome = command_line("fit", *args, "--name", "small")
+    assert outcome.code == 0, outcome.err
+    assert_same(outcome, "small")
+    events = outcome.run("small").read()["events"]
+    assert events[0]["step"] == 1
+    assert "1,024 -> " in events[0]["event"]
+    assert "out of memory in the step of step 1 (8 rows at once" in events[0]["event"]
+
+
+@pytest.mark.usefixtures("device")
+def test_a_backward_that_does_not_fit_is_taken_again(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL]
+    command_line("fit", *args, "--name", "straight")
+    monkeypatch.setattr(SFT, "backward", once(3, SFT.backward, stage="after"))
+    outcome = command_line("fit", *args, "--name", "small")
+    assert_same(outcome, "small")
+    assert [event["step"] for event in outcome.run("small").read()["events"]] == [3]
+
+
+def test_the_budget_is_kept_when_the_run_goes_on(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--checkpoint.every", "2"]
+    command_line("fit", *args, "--name", "straight")
+    device.limit = 60
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "5"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *stop)
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert "out of memory" not in resumed.out.rpartition("precision: ")[2]
+    assert_same(resumed, "run")
+
+
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.usefixtures("device")
+def test_an_adapters_update_that_does_not_fit_is_undone_and_taken_again(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    args = [*fit_args, *LORA, *NO_REHEARSAL]
+    command_line("fit", *args, "--name", "straight")
+    run_out_in_update(monkeypatch, step)
+    outcome = command_line("fit", *args, "--name", "small")
+    assert outcome.code == 0, outcome.err
+    assert_same(outcome, "small", bound=0.0)
+    assert "it was undone and taken again" in outcome.run("small").read()["events"][0]["event"]
+
+
+@pytest.mark.usefixtures("device")
+def test_an_update_of_all_weights_that_does_not_fit_goes_back_to_the_checkpoint(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--checkpoint.every", "2"]
+    command_line("fit", *args, "--name", "straight")
+    run_out_in_update(monkeypatch, 4)
+    outcome = command_line("fit", *args, "--name", "small")
+    assert outcome.code == 0, outcome.err
+    assert "going back to epoch=0.40-step=2: 1 steps are redone" in outcome.out
+    assert_same(outcome, "small", bound=0.0)
+    assert outcome.run("small").read()["status"] == "finished"
+
+
+def run_out_in_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original, count = torch.optim.AdamW.step, [0]
+
+    def failing(self: Any, closure: Any = None) -> Any:
+        result = original(self, closure)  # weights and state are changed already
+        count[0] += 1
+        if count[0] == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+
+
+def test_evaluation_that_does_not_fit_gives_the_same_figures(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    run = command_line("fit", *fit_args, *NO_REHEARSAL).run()
+    expected = run.read()["results"][-1]["metrics"]
+    device.limit = 40
+    config = run.path / "config.yaml"
+    outcome = command_line("validate", "--config", config, "--ckpt_path", "best", root=False)
+    assert outcome.code == 0, outcome.err
+    assert "out of memory in the evaluation" in outcome.out
+    for name, value in run.read()["results"][-1]["metrics"].items():
+        assert value == pytest.approx(expected[name], rel=1e-6)
+
+
+@pytest.mark.usefixtures("device")
+def test_answers_that_do_not_fit_are_written_a_few_at_a_time(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fine_tune.modules import evaluation
+
+    sizes, original = [], evaluation.generate
+
+    def limited(model: Any, prompts: list[list[int]], *args: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        return original(model, prompts, *args)
+
+    monkeypatch.setattr(evaluation, "generate", limited)
+    args = [*fit_args, *NO_REHEARSAL, "--trainer.max_steps", "1", "--generations.rows", "4"]
+    outcome = command_line("fit", *args, "--generations.max_new_tokens", "3")
+    assert outcome.code == 0, outcome.err
+    assert max(sizes) > 2 and sizes.count(2) >= 2
+
+
+def test_one_row_that_does_not_fit_is_a_clear_stop(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    device.limit = 10
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL)
+    assert outcome.code == 2
+    assert "out of memory in the step of step 1 with a row of" in outcome.err
+    assert "--model.gradient_checkpointing true" in outcome.err
+    assert "--data.max_length" in outcome.err
+
+
+@pytest.mark.usefixtures("device")
+def test_the_rehearsal_changes_nothing(command_line: CommandLine, fit_args: list[str]) -> None:
+    args = [*fit_args, "--model.config.attention_dropout", "0.1", "--generations.rows", "2"]
+    args += ["--generations.max_new_tokens", "2"]
+    command_line("fit", *args, *NO_REHEARSAL, "--name", "straight")
+    outcome = command_line("fit", *args)
+    assert outcome.code == 0, outcome.err
+    assert "rehearsed: 8 rows of up to" in outcome.out
+    assert "of disk are free" in outcome.out
+    assert_same(outcome, "run", bound=0.0)
+    assert not list(outcome.run().checkpoints.glob(".*"))
+
+
+def test_the_rehearsal_finds_the_budget_before_step_1(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    device.limit = 60
+    outcome = command_line("fit", *fit_args)
+    assert outcome.code == 0, outcome.err
+    assert [event["step"] for event in outcome.run().read()["events"]] == [1, 1]
+    assert outcome.out.index("out of memory") < outcome.out.index("rehearsed:")
+
+
+@pytest.mark.usefixtures("device")
+def test_a_run_that_goes_on_is_not_rehearsed_again(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    args = [*fit_args, "--checkpoint.every", "2"]
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "5"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *stop)
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    first, _, second = resumed.out.rpartition("precision: ")
+    assert "rehearsed" in first and "rehearsed" not in second
+
+
+def test_the_budget_is_cut_before_a_device_is_full(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    device.percent = 96.0
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--trainer.max_steps", "2")
+    assert outcome.code == 0, outcome.err
+    assert "the device is nearly full: 1,024 -> 512 tokens per micro-batch" in outcome.out
+    assert "96 % of the device's 9.3 GiB are used" in outcome.out
+    assert float(outcome.metrics()[0]["perf/memory_used_percent"]) == pytest.approx(96.0)
+
+
+def test_settings_of_the_guard_are_checked(command_line: CommandLine, fit_args: list[str]) -> None:
+    outcome = command_line("fit", *fit_args, "--vram_guard.threshold_percent", "120")
+    assert outcome.code == 2
+    assert "threshold_percent 120.0 lies above 0 and up to 100" in outcome.err
+
+
+def test_the_guard_can_be_set_in_yaml(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "guard.yaml"
+    file.write_text(yaml.safe_dump({"vram_guard": {"rehearse": False}}))
+    outcome = command_line("fit", "--config", file, *fit_args, "--trainer.max_steps", "1")
+    assert outcome.code == 0, outcome.err
+    assert "rehearsed" not in outcome.out

@@ -1,0 +1,194 @@
+"""Losses and gradients that are no numbers: the weights stay good, the rows are taken again, or named."""
+
+from typing import Any
+
+import pytest
+import torch
+from harness import CommandLine, Outcome
+from lightning.pytorch.plugins.precision import MixedPrecision
+from safetensors.torch import load_file
+
+from fine_tune.modules import SFT
+
+NO_REHEARSAL = ["--vram_guard.rehearse", "false"]
+LORA = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "v_proj"]']
+
+
+class HalfOnCpu(MixedPrecision):
+    """16-mixed with a real gradient scaler, on a CPU."""
+
+    def __init__(self, scale: float = 2.0**16) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        super().__init__("16-mixed", "cpu", scaler=scaler)
+
+
+HALF = ["--trainer.plugins+=test_precision_fallback.HalfOnCpu", "--trainer.plugins.scale"]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, step: int, only: Any = lambda: True) -> None:
+    """Make the loss of a step no number, while ``only`` holds."""
+    original = SFT.loss_sum
+
+    def spoiled(self: SFT, micro_batch: Any) -> torch.Tensor:
+        loss = original(self, micro_batch)
+        return loss * float("nan") if self.trainer.global_step + 1 == step and only() else loss
+
+    monkeypatch.setattr(SFT, "loss_sum", spoiled)
+
+
+def in_autocast(dtype: torch.dtype) -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == dtype
+
+
+def steps(outcome: Outcome, name: str = "run") -> list[str]:
+    return [row["step"] for row in outcome.metrics(name) if row["train/loss"]]
+
+
+def assert_finite(outcome: Outcome) -> None:
+    last = outcome.run().checkpoint("last")
+    assert last is not None
+    saved = load_file(next(last.glob("*.safetensors")))
+    assert all(torch.isfinite(weight).all() for weight in saved.values())
+    assert all(float(row["train/loss"]) < 100 for row in outcome.metrics() if row["train/loss"])
+
+
+@pytest.mark.parametrize(
+    "settings", [[], LORA, ["--model.quantization", "nf4", "--model.lora", "auto"]]
+)
+def test_bf16_falls_back_to_32_bit_on_the_same_rows(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+) -> None:
+    spoil(monkeypatch, 3, lambda: in_autocast(torch.bfloat16))
+    args = [*fit_args, *settings, *NO_REHEARSAL, "--trainer.precision", "bf16-mixed"]
+    outcome = command_line("fit", *args)
+    assert outcome.code == 0, outcome.err
+    assert "the loss (nan) of step 3 is not finite in bf16-mixed (rows " in outcome.out
+    assert "the same rows are taken again in 32-true" in outcome.out
+    assert steps(outcome) == [str(step) for step in range(1, len(steps(outcome)) + 1)]
+    assert_finite(outcome)
+    (event,) = outcome.run().read()["events"]
+    assert event["step"] == 3 and len(event["row_ids"]) == 8
+
+
+def test_a_lowered_precision_stays_when_the_run_goes_on(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 3, lambda: in_autocast(torch.bfloat16))
+    args = [
+        *fit_args,
+        *NO_REHEARSAL,
+        "--trainer.precision",
+        "bf16-mixed",
+        "--checkpoint.every",
+        "4",
+    ]
+    command_line("fit", *args, "--name", "straight")
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "6"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *stop)
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert "precision: 32-true, lowered earlier in this run" in resumed.out
+    ours, theirs = ([r["train/loss"] for r in resumed.metrics(n)] for n in ("run", "straight"))
+    assert ours == theirs
+
+
+def test_16_bit_lowers_its_scale_and_skips_no_step(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    fine = command_line("fit", *fit_args, *NO_REHEARSAL, *HALF, "1024", "--name", "fine")
+    assert fine.code == 0, fine.err
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, *HALF, str(2.0**28))
+    assert outcome.code == 0, outcome.err
+    assert "events" not in outcome.run().read()
+    ours, theirs = outcome.metrics(), outcome.metrics("fine")
+    assert [row["lr"] for row in ours] == [row["lr"] for row in theirs]
+    for row, expected in zip(ours, theirs, strict=True):
+        if row["train/loss"]:
+            assert float(row["train/loss"]) == pytest.approx(
+                float(expected["train/loss"]), rel=1e-2
+            )
+            assert float(row["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=5e-2)
+
+
+def test_16_bit_goes_down_the_ladder(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 3, lambda: torch.is_autocast_enabled("cpu"))
+    skips = ["--precision_fallback.max_skips", "2"]
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, *skips, *HALF, "1024")
+    assert outcome.code == 0, outcome.err
+    first, second = outcome.run().read()["events"]
+    assert "not finite in 16-mixed" in first["event"]
+    assert "not finite in bf16-mixed" in second["event"]
+    assert steps(outcome) == [str(step) for step in range(1, len(steps(outcome)) + 1)]
+    assert_finite(outcome)
+
+
+def test_32_bit_stops_with_the_rows_named_and_goes_on_once_they_are_mended(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL]
+    command_line("fit", *args, "--name", "straight")
+    spoil(monkeypatch, 4)
+    outcome = command_line("fit", *args)
+    assert outcome.code == 2
+    assert "the loss (nan) of step 4 is not finite in 32-true (rows " in outcome.err
+    assert "weights and optimizer are still those of step 3" in outcome.err
+    record = outcome.run().read()
+    assert record["status"] == "failed"
+    assert len(record["events"][0]["row_ids"]) == 8
+    assert_finite(outcome)
+    assert record["last"] == "epoch=0.60-step=3"  # saved at the stop, though no save was due
+    monkeypatch.undo()
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    ours, theirs = ([r["train/loss"] for r in resumed.metrics(n)] for n in ("run", "straight"))
+    assert ours == theirs
+
+
+def test_a_gradient_that_is_no_number_is_caught_before_the_update(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SFT.backward
+
+    def spoiled(self: SFT, loss: torch.Tensor, *args: Any) -> None:
+        original(self, loss, *args)
+        if self.trainer.global_step == 3 and in_autocast(torch.bfloat16) is False:
+            next(p for p in self.parameters() if p.grad is not None).grad[0] = float("inf")  # type: ignore[index]
+
+    monkeypatch.setattr(SFT, "backward", spoiled)
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--checkpoint.every", "1")
+    assert outcome.code == 2
+    assert "a gradient of step 4 is not finite in 32-true" in outcome.err
+    assert_finite(outcome)
+
+
+def test_an_update_that_ruins_the_weights_is_told(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--model.optimizer.lr", "1e30", "--checkpoint.every", "1"]
+    outcome = command_line("fit", *args)
+    assert outcome.code == 2
+    assert "not finite" in outcome.err
+
+
+def test_validation_that_is_no_number_is_reported(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fine_tune.modules import sft
+
+    original = sft.nll_per_token
+
+    def spoiled(*args: Any) -> torch.Tensor:
+        losses = original(*args)
+        losses[0] = float("nan")
+        return losses
+
+    monkeypatch.setattr(sft, "nll_per_token", spoiled)
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--trainer.max_steps", "2")
+    assert outcome.code == 0, outcome.err
+    assert "WARNING: val/loss is nan" in outcome.out

@@ -1,0 +1,188 @@
+"""A run folder has one owner; what a dead one left behind is recognised; a name is taken once."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import filelock
+import pytest
+from harness import CommandLine
+from processes import SLOW, assert_same_run, resume, start, wait_for_step
+
+from fine_tune.errors import UserError
+from fine_tune.run_folder import RunFolder, new_version
+from fine_tune.run_lock import LOCK, OWNER, RunLock
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "version_0"
+    path.mkdir()
+    return path
+
+
+def leave_owner(folder: Path, **changes: object) -> None:
+    owner = {"pid": 2**22 + 1, "started": 0.0, "host": socket.gethostname(), "verb": "fit"}
+    (folder / OWNER).write_text(json.dumps({**owner, "since": "noon", **changes}))
+
+
+def test_a_second_process_on_a_run_folder_is_refused_and_the_first_goes_on(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    args = [*fit_args, "--checkpoint.every", "2"]
+    straight = command_line("fit", *args, "--name", "straight")
+    process = start([*args, *SLOW, "--trainer.callbacks.seconds", "0.5"], tmp_path)
+    run = straight.run("run")
+    wait_for_step(run, 2)
+    config = run.path / "config.yaml"
+    for verb in ("fit", "validate"):
+        second = command_line(verb, "--config", config, "--ckpt_path", "last", root=False)
+        assert second.code == 2
+        assert f"is in use by process {process.pid} on {socket.gethostname()} (fit, " in second.err
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert_same_run(straight, straight)
+    assert run.read()["status"] == "finished"
+
+
+def test_the_lock_of_a_killed_run_with_data_workers_is_taken_over(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    args = [*fit_args, "--checkpoint.every", "1", "--data.num_workers", "2"]
+    straight = command_line("fit", *args, "--name", "straight")
+    process = start([*args, *SLOW], tmp_path)
+    run = straight.run("run")
+    wait_for_step(run, 3)
+    process.kill()
+    process.wait(20)
+    resumed = resume(command_line, run)  # at once: its workers live on for some seconds
+    assert f"took over the lock of process {process.pid}, which is gone" in resumed.out
+    assert_same_run(straight, resumed)
+    assert not (run.path / OWNER).exists()
+
+
+def test_a_lock_is_held_until_it_is_released(folder: Path) -> None:
+    first = RunLock(folder, "fit")
+    with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .* \(fit, since 20"):
+        RunLock(folder, "test")
+    first.release()
+    RunLock(folder, "test").release()
+    assert not (folder / OWNER).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pid": os.getpid(), "started": 1.0}],
+    ids=["no such process", "another process has its number"],
+)
+def test_a_stale_lock_of_this_machine_is_taken_over(
+    folder: Path, changes: dict[str, object]
+) -> None:
+    leave_owner(folder, **changes)
+    lock = RunLock(folder, "fit")
+    assert json.loads((folder / OWNER).read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_a_lock_of_another_machine_is_refused_with_the_way_to_remove_it(folder: Path) -> None:
+    leave_owner(folder, host="node7")
+    with pytest.raises(UserError) as refused:
+        RunLock(folder, "fit")
+    assert "in use by process 4194305 on node7 (fit, since noon)" in str(refused.value)
+    assert f"remove '{folder / OWNER}'" in str(refused.value)
+    (folder / OWNER).unlink()
+    RunLock(folder, "fit").release()
+
+
+def test_a_requeued_job_takes_over_from_its_start_on_another_machine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_owner(folder, host="node7", slurm_job="77")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    RunLock(folder, "fit").release()
+
+
+def test_an_owner_record_cut_off_by_a_crash_is_stale(folder: Path) -> None:
+    (folder / OWNER).write_text('{"pid": 1')
+    RunLock(folder, "fit").release()
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")]
+)
+def test_a_run_folder_that_cannot_be_written_is_refused(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: OSError,
+) -> None:
+    acquire = filelock.FileLock.acquire
+
+    def refuse(lock: filelock.FileLock, *args: float, **settings: float) -> object:
+        if Path(lock.lock_file).name == LOCK:
+            raise error
+        return acquire(lock, *args, **settings)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    refused = command_line("fit", *fit_args)
+    assert refused.code == 2
+    assert f"version_0' cannot be written: {error.strerror}" in refused.err
+
+
+def test_a_root_that_cannot_be_written_is_refused_before_the_first_step(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    refused = command_line("fit", *fit_args, "--trainer.default_root_dir", "/proc", root=False)
+    assert refused.code == 2
+    assert "/proc" in refused.err
+
+
+def _claim(root: str, barrier: object, versions: object) -> None:
+    barrier.wait()  # type: ignore[attr-defined]
+    versions.put(new_version(Path(root), "run").path.name)  # type: ignore[attr-defined]
+
+
+def test_runs_started_at_the_same_instant_get_folders_of_their_own(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, versions = context.Barrier(4), context.Queue()
+    processes = [
+        context.Process(target=_claim, args=(str(tmp_path), barrier, versions)) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    taken = sorted(versions.get(timeout=30) for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert taken == [f"version_{i}" for i in range(4)]
+
+
+def test_a_finished_run_is_never_written_to_by_another_fit(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    short = [*fit_args, "--trainer.max_steps", "2"]
+    first = command_line("fit", *short).run()
+    before = {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()}
+    again = command_line("fit", "--config", first.path / "config.yaml", root=False)
+    assert again.code == 0, again.err
+    assert {p: p.read_bytes() for p in first.path.rglob("*") if p.is_file()} == before
+    assert (first.path.parent / "version_1" / "run.json").is_file()
+
+
+def test_records_written_by_two_processes_are_whole(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write, args=(tmp_path, i)) for i in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(30)
+        assert writer.exitcode == 0
+    assert "value" in run.read()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json"]
+
+
+def _write(path: Path, number: int) -> None:
+    for _ in range(30):
+        RunFolder(path).update({"value": str(number) * 10_000 * number})
