@@ -40,7 +40,12 @@ from fine_tune.callbacks.test_openings import TestOpenings  # noqa: E402
 from fine_tune.callbacks.vram_guard import VRAMGuard  # noqa: E402
 from fine_tune.checkpoint import global_step  # noqa: E402
 from fine_tune.checkpoint_io import FolderCheckpointIO  # noqa: E402
-from fine_tune.config_check import check_settings, innermost  # noqa: E402
+from fine_tune.config_check import (  # noqa: E402
+    asks_for_help,
+    check_settings,
+    innermost,
+    with_key,
+)
 from fine_tune.errors import GoBack, UserError, nearest  # noqa: E402
 from fine_tune.loggers import MetricsCSV, default_loggers  # noqa: E402
 from fine_tune.modules.run_identity import Change, run_identity  # noqa: E402
@@ -72,7 +77,6 @@ FORCED_CALLBACKS = {
 HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
 MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
 MAX_GOING_BACK = 3
-NO_CHECK = ("-h", "--print_config", "--print_shtab")
 
 
 CLI = TypeVar("CLI", bound="FineTuneCLI")
@@ -82,7 +86,7 @@ class Parser(LightningArgumentParser):
     """LightningCLI's parser, whose errors reach the user as one clean line."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
-        raise UserError(innermost(message)) from ex
+        raise UserError(with_key(message)) from ex
 
 
 class RunConfig(SaveConfigCallback):
@@ -160,9 +164,7 @@ class FineTuneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check every setting with its place first, then let LightningCLI parse."""
         verb, *rest = self.args_given = list(args)
-        if not any(
-            arg.split("=")[0] in NO_CHECK or arg.split("=")[0].endswith("help") for arg in rest
-        ):
+        if not asks_for_help(rest):
             classes = {"trainer": Trainer, **FORCED_CALLBACKS}
             check_settings(rest, self._parser(verb), classes)
         rest, templates = take_templates(rest)

@@ -8,13 +8,19 @@ import inspect
 import re
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from fine_tune.errors import UserError, nearest
-from fine_tune.settings import Setting, read_yaml, split_flags
+from fine_tune.settings import Setting, flag_problems, read_yaml, split_flags
 
 SECTIONS = {"model": LightningModule, "data": LightningDataModule}
+NO_RUN = re.compile(r"-h|--print_config|--print_shtab|--([\w.]+\.)?help")
+LINKED = {
+    "data.tokenizer": "model.tokenizer",
+    "data.tokenizer_revision": "model.revision",
+}
 SECRET_KEY = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
 
@@ -111,7 +117,16 @@ def _check_setting(
         inner = [f"{name}.{field}" for name, p in parsers.items() for field in _names(p)]
         hint = nearest(section, top_level) or nearest(setting.key, inner)
         return [f"{_where(setting)}: unknown {_kind(setting, section)}{hint}"]
-    if rest in ("", "class_path") or section not in parsers:
+    if setting.from_flag and (wrong := flag_problems(setting)):
+        return wrong
+    if not rest and section in SECTIONS and not isinstance(setting.value, str):
+        return [f"{_where(setting)}: {section}: a class is wanted; set {section}.class_path"]
+    if not rest and section in classes and section not in SECTIONS:
+        return _not_a_section(setting)
+    if setting.key in LINKED and setting.value is not None:
+        return [f"{_where(setting)}: {setting.key}: is the model's; set {LINKED[setting.key]}"]
+    of_class = rest == "class_path" and section in SECTIONS
+    if not rest or of_class or section not in parsers:
         return []
     parser, names = parsers[section], _names(parsers[section])
     name = rest.split(".")[0]
@@ -141,6 +156,31 @@ def _check_setting(
     return []
 
 
+def asks_for_help(args: list[str]) -> bool:
+    """Whether these arguments ask for something else than a run: help, or the config."""
+    return any(NO_RUN.fullmatch(arg.split("=")[0]) for arg in args)
+
+
+def with_key(message: str) -> str:
+    """Reduce jsonargparse's report to the key it speaks of, and what is wrong with it."""
+    key = re.search(r'(?:Parser key|key|argument) "?(?:--)?([\w.]+)', message)
+    told = innermost(message)
+    return f"{key[1].replace('.init_args', '')}: {told}" if key and key[1] not in told else told
+
+
+def _not_a_section(setting: Setting) -> list[str]:
+    try:
+        value = yaml.safe_load(setting.value) if setting.from_flag else setting.value
+    except Exception:  # 2024-99-99 makes PyYAML raise whatever comes
+        value = setting.value
+    if isinstance(value, dict):
+        return []
+    return [
+        f"{_where(setting)}: {setting.key}: a mapping of keys is wanted, got {value!r:.60}; "
+        f"as flags, set its keys: --{setting.key}.<key>"
+    ]
+
+
 def innermost(message: str, cls: type | None = None, name: str = "") -> str:
     """Reduce jsonargparse's nested report to the line that tells the user what is wrong."""
     not_accepted = re.findall(
@@ -161,7 +201,7 @@ def innermost(message: str, cls: type | None = None, name: str = "") -> str:
         for line in telling
         if "NoneType" not in line and not line.startswith("Problem with given class")
     ]
-    given = [line for line in lines if line.startswith("Given value:")]
+    given = [line for line in lines if line.startswith("Given value:") and "NestedArg" not in line]
     told = "; ".join(dict.fromkeys(telling)) or " ".join(" ".join(lines).split())
     told = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", told)
     told = told.replace("Expected a int", "Expected an int")

@@ -11,8 +11,14 @@ class UserError(Exception):
     """
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(printable(problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
+
+
+def printable(text: str) -> str:
+    """Return a message as it may reach a terminal: control characters spelled out, and no screens of one value."""
+    shown = text if len(text) <= 2_000 else f"{text[:2_000]} ..."
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in shown)
 
 
 def nearest(word: str, known: list[str]) -> str:

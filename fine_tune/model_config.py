@@ -26,15 +26,22 @@ def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[st
     Raises:
         UserError: Not a folder, and not to be had from the hub or its cache.
     """
-    if Path(name).is_dir():
+    try:
+        exists, is_folder = Path(name).exists(), Path(name).is_dir()
+    except OSError as error:
+        raise UserError(f"{key}: '{name[:60]}' cannot be read: {error.strerror}") from error
+    if is_folder:
         return name, None
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or exists:
         raise UserError(
             f"{key}: folder '{name}' does not exist; give a model folder or a hub name like 'owner/name'"
         )
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError as error:  # huggingface_hub's rules for names
+        raise UserError(f"{key}: '{name[:60]}' is no folder, and no hub name: {error}") from error
     if isinstance(cached, str):
         return name, Path(cached).parent.name
     if constants.HF_HUB_OFFLINE:

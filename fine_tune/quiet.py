@@ -22,6 +22,7 @@ NOT_ACTIONABLE = (
     r".*lr_scheduler.step\(\)` before `optimizer.step\(\).*",
     r".*Missing logger folder.*",
     r".*tensorboardX.*",
+    r".*`loftq_config` specified but will be ignored.*",  # jsonargparse gives every field its default
 )
 
 LOGGERS_TO_QUIET = (  # by their own names: Lightning sets its root logger's level when it is imported
@@ -32,6 +33,7 @@ LOGGERS_TO_QUIET = (  # by their own names: Lightning sets its root logger's lev
     "bitsandbytes",
     "torch",
     "datasets.packaged_modules.json.json",
+    "datasets.packaged_modules.parquet.parquet",
 )
 
 

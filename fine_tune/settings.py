@@ -10,6 +10,8 @@ import yaml
 from fine_tune.errors import UserError
 
 CLASS_SECTIONS = ("model", "data")  # their options stand under init_args
+NO_WORD = "YAML: a key must be a word, not a list or a mapping"
+MOST_VALUES, DEEPEST = 10_000, 50
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ def read_yaml(file: str) -> tuple[list[Setting], list[str]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else file
-        return [], [f"{where}: YAML: {getattr(error, 'problem', None) or error}"]
+        return [], [f"{where}: YAML: {_told(error)}"]
+    except RecursionError:
+        return [], [f"{file}: YAML: nested too deeply"]
     if root is None:
         return [], []
     if not isinstance(root, yaml.MappingNode):
@@ -62,6 +66,9 @@ def _walk(
     for key_node, value_node in node.value:
         where = f"{file}:{key_node.start_mark.line + 1}"
         key = str(key_node.value)
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{where}: {NO_WORD}")
+            continue
         if key in seen:
             problems.append(f"{where}: duplicate key '{key}' (first in line {seen[key]})")
         seen[key] = key_node.start_mark.line + 1
@@ -73,25 +80,68 @@ def _walk(
             inner = path if key == "init_args" else f"{path}."
             yield from _walk(value_node, inner, file, problems, depth + 1)
             continue
-        try:
-            value = yaml.SafeLoader("").construct_document(value_node)
-        except yaml.YAMLError as error:
-            problems.append(f"{where}: YAML: {getattr(error, 'problem', None) or error}")
+        wrong = list(_problems_inside(value_node, file))
+        if not wrong:
+            try:
+                value = yaml.SafeLoader("").construct_document(value_node)
+            except Exception as error:  # 2024-99-99 and 0x_ make PyYAML raise whatever comes
+                wrong = [f"{where}: YAML: {_told(error)}"]
+        if wrong:
+            problems += wrong
             continue
-        _find_duplicates(value_node, file, problems)
         yield Setting(path, value, where)
 
 
-def _find_duplicates(node: yaml.Node, file: str, problems: list[str]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key_node, value_node in node.value:
-            if key_node.value in seen:
-                problems.append(
-                    f"{file}:{key_node.start_mark.line + 1}: duplicate key '{key_node.value}'"
-                )
-            seen.add(key_node.value)
-            _find_duplicates(value_node, file, problems)
+def _problems_inside(node: yaml.Node, file: str) -> Iterator[str]:
+    left = [MOST_VALUES]
+
+    def look(node: yaml.Node, above: tuple[yaml.Node, ...]) -> Iterator[str]:
+        where = f"{file}:{node.start_mark.line + 1}: "
+        left[0] -= 1
+        if left[0] == 0:
+            yield f"{where}YAML: more than {MOST_VALUES:,} values, aliases counted as often as they stand"
+        if node in above or len(above) > DEEPEST:
+            yield f"{where}YAML: " + (
+                "an anchor that holds itself" if node in above else "nested too deeply"
+            )
+        elif left[0] > 0 and isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                yield from look(item, (*above, node))
+        elif left[0] > 0 and isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key_node, value_node in node.value:
+                key = str(key_node.value)
+                if not isinstance(key_node, yaml.ScalarNode):
+                    yield f"{where}{NO_WORD}"
+                elif key in seen:
+                    yield f"{file}:{key_node.start_mark.line + 1}: duplicate key '{key}'"
+                seen.add(key)
+                yield from look(value_node, (*above, node))
+
+    yield from look(node, ())
+
+
+def _told(error: Exception) -> str:
+    told = getattr(error, "problem", None) or " ".join(str(error).split())
+    return str(told) if isinstance(error, yaml.YAMLError) else f"no such value ({told})"
+
+
+def flag_problems(setting: Setting) -> list[str]:
+    """Say what is wrong inside a flag's list or mapping, of which a parser would keep the last of two equal keys."""
+    if not setting.value.lstrip().startswith(("{", "[", "&", "!")):
+        return []
+    try:
+        node = yaml.compose(setting.value, Loader=yaml.SafeLoader)
+        problems = list(_problems_inside(node, "value")) if node is not None else []
+        if not problems:
+            yaml.SafeLoader("").construct_document(node)
+    except yaml.YAMLError:
+        return []  # a text, then
+    except Exception as error:
+        problems = [_told(error)]
+    return [
+        f"command line: {setting.key}: {problem.removeprefix('value:1: ')}" for problem in problems
+    ]
 
 
 def split_flags(args: list[str]) -> tuple[list[Setting], list[str]]:

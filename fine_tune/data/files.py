@@ -5,6 +5,7 @@ import csv
 import glob
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from datasets import Dataset, load_dataset
 from fine_tune.errors import UserError
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-JSON_ROW = "json_row"  # the one column of sources that were text files
+JSON_ROW = "__fine_tune_json_row__"  # the one column of sources that were text files
+MOST_DIGITS = 4_300  # Python reads no longer numbers
 
 
 def read_files(files: list[Path], cache_dir: Path) -> Dataset:
@@ -37,9 +39,11 @@ def read_files(files: list[Path], cache_dir: Path) -> Dataset:
     if kinds == {".parquet"}:
         try:
             paths = [glob.escape(str(file)) for file in files]
-            return load_dataset(
+            rows = load_dataset(
                 "parquet", data_files=paths, cache_dir=str(cache_dir), split="train"
             )
+            rows.data.table.validate(full=True)  # texts that are not UTF-8
+            return rows
         except Exception as error:
             told = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"{files[0]}: cannot be read: {told}") from error
@@ -47,6 +51,8 @@ def read_files(files: list[Path], cache_dir: Path) -> Dataset:
     if problems:
         raise UserError(*problems)
     texts = [str(file) for file in files]
+    if next(_json_rows(texts), None) is None:
+        raise UserError(f"{files[0]}: no rows; the data is empty")
     return Dataset.from_generator(_json_rows, gen_kwargs={"files": texts}, cache_dir=str(cache_dir))
 
 
@@ -67,9 +73,20 @@ def _json_rows(files: list[str]) -> Iterator[dict[str, str]]:
                     {JSON_ROW: json.dumps(row)} for row in csv.DictReader(handle, strict=True)
                 )
         else:
-            yield from (
-                {JSON_ROW: json.dumps(row)} for row in json.loads(file.read_text("utf-8-sig"))
-            )
+            yield from ({JSON_ROW: row} for row in _elements(file.read_text("utf-8-sig")))
+
+
+def _elements(text: str) -> Iterator[str]:
+    """Give the elements of a JSON list as they are written there."""
+    blank, decode = re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode
+    position = text.index("[") + 1
+    while True:
+        position = blank.match(text, position).end()  # type: ignore[union-attr]
+        if text[position] == "]":
+            return
+        _, end = decode(text, position)
+        yield text[position:end]
+        position = end
 
 
 class ExactFloat(float):
@@ -89,7 +106,8 @@ class ExactFloat(float):
 def rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Turn a batch of a source's table into rows."""
     if JSON_ROW in batch:
-        return [json.loads(line, parse_float=ExactFloat) for line in batch[JSON_ROW]]
+        exact: Any = {"parse_float": ExactFloat, "parse_int": _int}
+        return [json.loads(line, **exact) for line in batch[JSON_ROW]]
     names = list(batch)
     return [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
@@ -120,7 +138,7 @@ def _broken_lines(file: Path) -> list[str]:
         ]
     try:
         text = file.read_text("utf-8-sig")
-        rows = json.loads(text) if file.suffix == ".json" else _csv_rows(text)
+        rows = parse_json(text) if file.suffix == ".json" else _csv_rows(text)
     except UnicodeDecodeError as error:
         return [
             f"{file}: not UTF-8 (byte {error.object[error.start]:#x} at {error.start}); convert it"
@@ -129,6 +147,8 @@ def _broken_lines(file: Path) -> list[str]:
         return [f"{file}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}"]
     except csv.Error as error:
         return [f"{file}: broken CSV: {error}"]
+    except ValueError as error:
+        return [f"{file}: {error}"]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return [f"{file}: a list of JSON objects is wanted"]
     return [
@@ -141,7 +161,7 @@ def _broken_lines(file: Path) -> list[str]:
 def _broken_line(file: Path, number: int, line: bytes) -> str | None:
     try:
         text = line.decode("utf-8")
-        if file.suffix == ".jsonl" and not isinstance(json.loads(text), dict):
+        if file.suffix == ".jsonl" and not isinstance(parse_json(text), dict):
             return f"{file}:{number}: not a JSON object: {text.strip()[:60]}"
     except UnicodeDecodeError as error:
         where = f"byte {error.object[error.start]:#x} at {error.start}"
@@ -149,8 +169,54 @@ def _broken_line(file: Path, number: int, line: bytes) -> str | None:
     except json.JSONDecodeError as error:
         shown = line.decode("utf-8", "replace").strip()[:60]
         return f"{file}:{number}: broken JSON: {error.msg} at column {error.colno}: {shown}"
+    except ValueError as error:
+        return f"{file}:{number}: {error}"
     return None
 
 
+def parse_json(text: str) -> Any:
+    """Read JSON to the letter: every field once, no NaN, and only text that can be written again.
+
+    Raises:
+        ValueError: What is wrong; ``json.JSONDecodeError`` with its place where it is no JSON at all.
+    """
+    try:
+        value = json.loads(
+            text, parse_int=_int, parse_constant=_no_constant, object_pairs_hook=_fields_once
+        )
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("broken JSON: nested too deeply") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end].encode("ascii", "backslashreplace").decode()
+        raise ValueError(f"half a character ({half[:6]}), which no text can hold") from error
+    return value
+
+
+def _int(text: str) -> int | float:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits; write it as text")
+    return ExactFloat(text) if text == "-0" else int(text)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"broken JSON: {name} is no JSON value; write null, or a text")
+
+
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field '{twice}' stands twice in one object")
+    return row
+
+
 def _csv_rows(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    names = list(reader.fieldnames or [])
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field '{twice}' stands twice in the header")
+    return list(reader)

@@ -125,6 +125,10 @@ def messages(row: Row, _: Templates) -> Example:
             raise RowError(
                 f"messages[{i}].content must be a text, got {_short(turn.get('content'))}"
             )
+        if not isinstance(turn.get("tool_calls"), list | None):
+            raise RowError(
+                f"messages[{i}].tool_calls must be a list, got {_short(turn['tool_calls'])}"
+            )
     turns = _without_nulls(turns)
     check_roles([str(turn["role"]) for turn in turns])
     _refuse_empty_answers(turns)
@@ -133,11 +137,8 @@ def messages(row: Row, _: Templates) -> Example:
 
 def alpaca(row: Row, _: Templates) -> Example:
     """``instruction``, optional ``input``, ``output``: Stanford Alpaca's published prompts."""
-    instruction, given, output = (
-        field_text(row, "instruction"),
-        row.get("input") or "",
-        field_text(row, "output"),
-    )
+    instruction, output = field_text(row, "instruction"), field_text(row, "output")
+    given = field_text(row, "input") if row.get("input") is not None else ""
     if not output.strip():
         raise EmptyCompletion("the output is empty")
     if given:
@@ -168,7 +169,7 @@ def sharegpt(row: Row, _: Templates) -> Example:
     for i, turn in enumerate(_list(row, "conversations")):
         if (
             not isinstance(turn, Mapping)
-            or turn.get("from") not in roles
+            or turn.get("from") not in list(roles)
             or not isinstance(turn.get("value"), str)
         ):
             raise RowError(
@@ -206,7 +207,8 @@ def field_text(row: Row, name: str) -> str:
     value = row[name]
     if value is None:
         raise RowError(f"the field '{name}' is null; a text is wanted")
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    is_number = isinstance(value, int | float) and str(value) not in ("nan", "inf", "-inf")
+    if isinstance(value, bool) or not (isinstance(value, str) or is_number):
         raise RowError(f"the field '{name}' must be a text or a number, got {_short(value)}")
     return str(value)
 

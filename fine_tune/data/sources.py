@@ -56,14 +56,14 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.sha256()
     for split, path in _paths(source):
         digest.update(split.encode())
-        if not Path(path).exists():
+        if not _exists(path):
             digest.update(f"{path}@{_hub_commit(path, source.revision)}".encode())
             continue
-        for file in (
-            [Path(path)]
-            if Path(path).is_file()
-            else sorted(p for p in Path(path).rglob("*") if p.is_file())
-        ):
+        for file in [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*")):
+            if not _exists(str(file)) and file.suffix in KINDS:
+                raise UserError(f"data.path: {file}: a link that leads nowhere; remove or mend it")
+            if not file.is_file():
+                continue
             digest.update(
                 str(file.relative_to(path)).encode() if file != Path(path) else file.suffix.encode()
             )
@@ -132,16 +132,17 @@ def _paths(source: Source) -> list[tuple[str, str]]:
     wrong = [name for name in source.path if name not in SPLIT_NAMES]
     if wrong:
         raise UserError(f"data.path: unknown split {wrong}; allowed: train, validation, test")
+    splits = [SPLIT_NAMES[name] for name in source.path]
+    if len(set(splits)) < len(splits):
+        raise UserError(
+            f"data.path: {', '.join(source.path)}: two names of one split; give each once"
+        )
     return [(SPLIT_NAMES[name], path) for name, path in source.path.items()]
 
 
 def _read(path: str, revision: str | None, cache_dir: Path) -> dict[str, Dataset]:
     local = Path(path)
-    if not path.strip():
-        raise UserError(
-            "data.path: is empty; give a file, a folder or a hub name like 'owner/name'"
-        )
-    if not local.exists():
+    if not _exists(path):
         return _read_hub(path, revision, cache_dir)
     if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
         try:
@@ -190,7 +191,7 @@ def _named(splits: DatasetDict) -> dict[str, Dataset]:
 def _files_of(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         return {ALL: [path]}
-    files = sorted(p for p in path.rglob("*") if p.suffix in KINDS) if path.is_dir() else []
+    files = sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
     if not files:
         raise UserError(
             f"data.path: folder '{path}' holds no data; known kinds: {', '.join(KINDS)}"
@@ -200,4 +201,28 @@ def _files_of(path: Path) -> dict[str, list[Path]]:
         match = re.fullmatch(r"([a-z]+)(-\d.*)?", file.stem)
         if match and match[1] in SPLIT_NAMES:
             splits.setdefault(SPLIT_NAMES[match[1]], []).append(file)
-    return splits if "train" in splits else {ALL: files}
+    if "train" not in splits:
+        return {ALL: files}
+    kinds = {".json"} - {file.suffix for file in splits["train"]}  # descriptions beside the data
+    placed = {file for of_split in splits.values() for file in of_split}
+    others = [str(f) for f in files if f not in placed and f.suffix not in kinds]
+    if others:
+        raise UserError(
+            f"data.path: folder '{path}' has files of splits, and {', '.join(others[:3])}, which would not be read; "
+            "move it, or name the files: {train: ..., validation: ..., test: ...}"
+        )
+    return splits
+
+
+def _exists(path: str) -> bool:
+    if not path.strip():
+        raise UserError(
+            "data.path: is empty; give a file, a folder or a hub name like 'owner/name'"
+        )
+    try:
+        path.encode()
+        return Path(path).exists()
+    except OSError as error:
+        raise UserError(f"data.path: '{path[:60]}' cannot be read: {error.strerror}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"data.path: {path!r}: the name is not UTF-8; rename it") from error

@@ -30,6 +30,10 @@ def check_split(split: dict[str, float]) -> None:
     unknown = [name for name in split if name not in SPLITS]
     if unknown:
         raise UserError(f"data.split: unknown split {unknown}; allowed: {', '.join(SPLITS)}")
+    if not split:
+        raise UserError(
+            "data.split: is empty; give ratios or row counts, or none to train on all rows"
+        )
     if any(not 0 <= size < float("inf") for size in split.values()):
         raise UserError(f"data.split: {split} holds a negative or infinite size")
     if is_counts(split):

@@ -1,0 +1,36 @@
+"""A callback that makes one rank of a run fail in one step."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+
+
+class SpoilRank(Callback):
+    """Let one rank run out of memory, or its loss be no number, once.
+
+    Args:
+        rank: Which.
+        step: The optimizer step, from 1.
+        how: ``memory``, or ``nan`` while autocast is on.
+    """
+
+    def __init__(self, rank: int = 1, step: int = 3, how: str = "memory") -> None:
+        self.rank, self.step, self.how = rank, step, how
+        self._done = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        original = pl_module.loss_sum
+
+        def spoiled(micro_batch: Any) -> torch.Tensor:
+            loss: torch.Tensor = original(micro_batch)
+            if trainer.global_rank != self.rank or trainer.global_step + 1 != self.step:
+                return loss
+            if self.how == "nan":
+                return loss * float("nan") if torch.is_autocast_enabled("cpu") else loss
+            if not self._done:
+                self._done = True
+                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+            return loss
+
+        pl_module.loss_sum = spoiled

@@ -1,0 +1,58 @@
+"""What happens to one rank of two never hangs the other, and changes nothing of the result."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import REPOSITORY, CommandLine
+
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+
+
+def two_ranks(tmp_path: Path, *args: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "fine_tune", "fit", *args, *TWO]
+        + ["--trainer.default_root_dir", str(tmp_path)],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_ranks_out_of_memory_makes_all_take_smaller_parts(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    single = command_line("fit", *fit_args, "--name", "single")
+    spoil = ["--trainer.callbacks+=spoil_rank.SpoilRank"]
+    out = two_ranks(tmp_path, *fit_args, *spoil, "--name", "together")
+    assert "out of memory in the step of step 3 (4 rows at once" in out
+    ours, theirs = (
+        [float(row["train/loss"]) for row in single.metrics(name) if row["train/loss"]]
+        for name in ("together", "single")
+    )
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    (event,) = single.run("together").read()["events"]
+    assert event["step"] == 3
+
+
+def test_one_ranks_nan_lowers_the_precision_of_all(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    spoil = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", "nan"]
+    out = two_ranks(tmp_path, *fit_args, *spoil, "--trainer.precision", "bf16-mixed")
+    assert "the same rows are taken again in 32-true" in out
+    outcome = command_line("analyze", *fit_args, "--trainer.default_root_dir", str(tmp_path))
+    (event,) = outcome.run().read()["events"]
+    assert len(event["row_ids"]) == 8  # of both ranks
+    assert len([row for row in outcome.metrics() if row["train/loss"]]) == 10
