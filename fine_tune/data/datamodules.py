@@ -20,7 +20,7 @@ from fine_tune.data.formats import FormatName
 from fine_tune.data.options import EmptyCompletions, Options, Split
 from fine_tune.data.origins import data_content, locate_rows
 from fine_tune.data.prepare import prepare
-from fine_tune.data.sealed import SealedTest
+from fine_tune.data.sealed import SEALED, SealedTest
 from fine_tune.data.sources import Source
 from fine_tune.data.steps import (
     StepLoader,
@@ -32,11 +32,6 @@ from fine_tune.data.steps import (
 from fine_tune.data.token_cache import PreparedData
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
-
-SEALED = (
-    "the test split is sealed while a model is trained; it is opened by test, and by fit --test_at_end true after the "
-    "last step"
-)
 
 
 class SFTData(LightningDataModule):
@@ -202,12 +197,18 @@ class SFTData(LightningDataModule):
                 raise UserError(f"data: {SEALED}")
             self._test_rows = self.prepared.test.open() if self.prepared.test else None
         self._fitting = self._fitting or stage == "fit"
+        self._lock_test()
 
     def teardown(self, stage: str) -> None:
         """Close the test split again; fit's last step is behind when it comes here."""
         self._test_rows = None
         if stage == "fit":
             self._fitting = False
+        self._lock_test()
+
+    def _lock_test(self) -> None:
+        if self.sealed_test is not None:
+            self.sealed_test.locked = self._fitting
 
     def make_plan(self, max_steps: int = -1) -> DataPlan:
         """Count what the run will see and how many steps it takes.

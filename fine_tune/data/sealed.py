@@ -21,6 +21,10 @@ from fine_tune.data.files import rows_of
 from fine_tune.data.parts import Part
 from fine_tune.errors import UserError
 
+SEALED = (
+    "the test split is sealed while a model is trained; it is opened by test, and by fit --test_at_end true after the "
+    "last step"
+)
 ROWS_FILE = (
     "rows.json"  # digests of the rows, to see which were opened before as part of another split
 )
@@ -39,7 +43,7 @@ def row_digests(parts: Iterable[Part]) -> list[str]:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class SealedTest:
     """A test split on disk.
 
@@ -47,11 +51,13 @@ class SealedTest:
         folder: ``<cache>/test_splits/<hash>``, the same for every way to encode its rows.
         key: The way they are encoded here.
         digest: Of the encoded rows, to see that nobody changed them.
+        locked: Whether a model is being trained.
     """
 
     folder: Path
     key: str
     digest: str
+    locked: bool = False
 
     @property
     def hash(self) -> str:
@@ -88,8 +94,10 @@ class SealedTest:
         """Return the rows.
 
         Raises:
-            UserError: They are not those that were sealed.
+            UserError: A model is being trained, or they are not those that were sealed.
         """
+        if self.locked:
+            raise UserError(f"data: {SEALED}")
         try:
             rows = load_from_disk(str(self.folder / self.key))
             same = _digest(rows) == self.digest

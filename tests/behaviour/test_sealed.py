@@ -26,6 +26,8 @@ class AsksForTestRows(Callback):
             data.rows("test")
         elif self.how == "loader":
             data.test_dataloader()
+        elif self.how == "seal":
+            data.prepared.test.open()
         elif self.how == "setup":
             data.setup("test")
         else:
@@ -36,7 +38,7 @@ class AsksForTestRows(Callback):
 @pytest.mark.parametrize(
     ("how", "hook"),
     [
-        *((how, "on_train_batch_end") for how in ("rows", "loader", "setup", "test")),
+        *((how, "on_train_batch_end") for how in ("rows", "loader", "setup", "seal", "test")),
         *(("rows", hook) for hook in ("on_train_start", "on_validation_end", "on_train_end")),
     ],
 )
