@@ -5,16 +5,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["WANDB_MODE"] = "disabled"
+# One thread here and in every process a test starts: sums over more threads have other last bits.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from harness import TOKENIZER, CommandLine, Outcome, write_rows
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
