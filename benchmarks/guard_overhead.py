@@ -86,7 +86,7 @@ def run() -> None:
     from fine_tune.callbacks.stop_signals import StopSignals
     from fine_tune.callbacks.vram_guard import VRAMGuard
     from fine_tune.modules.trained_state import TrainedState
-    from fine_tune.snapshot import Snapshot
+    from fine_tune.runs.snapshot import Snapshot
 
     inside: dict[str, float] = defaultdict(float)
     whole: dict[str, float] = {}

@@ -4,6 +4,8 @@ import difflib
 import importlib
 import sys
 
+from fine_tune.quiet import quiet_libraries
+
 VERBS = {
     "fit": ("fine_tune.cli:main", "train a model from a YAML, then validate its best weights"),
     "validate": ("fine_tune.cli:main", "measure a checkpoint on the validation split"),
@@ -61,6 +63,7 @@ def main(args: list[str] | None = None) -> int:
         hint = f"; did you mean '{close[0]}'?" if close else ""
         print(f"error: unknown verb '{verb}'{hint}\n\n{usage()}", file=sys.stderr)
         return 2
+    quiet_libraries()
     module, function = VERBS[verb][0].split(":")
     if function == "main":  # parses for itself
         return int(importlib.import_module(module).main(args))

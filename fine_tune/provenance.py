@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fine_tune.checkpoint import MANIFEST
 from fine_tune.modules.run_identity import (
     IDENTITY_FILE,
     Change,
@@ -20,8 +19,9 @@ from fine_tune.modules.run_identity import (
     refuse_another_run,
     write_identity,
 )
-from fine_tune.places import Place
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.checkpoint import MANIFEST
+from fine_tune.runs.places import Place
+from fine_tune.runs.run_folder import RunFolder
 
 log = logging.getLogger("fine_tune")
 SECRET_VARIABLE = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)

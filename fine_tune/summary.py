@@ -7,7 +7,7 @@ from typing import Any
 from fine_tune.batches import Choice, DataPlan
 from fine_tune.callbacks.generations import GENERATIONS_FILE, before_after_table, read_generations
 from fine_tune.callbacks.progress import format_seconds
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.run_folder import RunFolder
 
 
 def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parent.parent
 TOKENIZER = REPOSITORY / "fine_tune" / "quickstart" / "tokenizer"

@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from fine_tune.batches import plan_of
-from fine_tune.checkpoint import remove_checkpoint, remove_leftovers
-from fine_tune.checkpoint_io import FolderCheckpointIO, Saving
 from fine_tune.errors import RunStopped, UserError
-from fine_tune.run_folder import RunFolder, run_of
-from fine_tune.stored_checkpoints import checkpoint_name, ranked, stored
+from fine_tune.runs.checkpoint import remove_checkpoint, remove_leftovers
+from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
+from fine_tune.runs.run_folder import RunFolder, run_of
+from fine_tune.runs.stored_checkpoints import checkpoint_name, ranked, stored
 
 log = logging.getLogger("fine_tune")
 WAIT_WORTH_TELLING = 0.5  # seconds

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fine_tune.batches import data_of, plan_of
 from fine_tune.errors import UserError
 from fine_tune.losses import IGNORE_INDEX
-from fine_tune.run_folder import run_of
+from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 GENERATIONS_FILE = "generations.jsonl"

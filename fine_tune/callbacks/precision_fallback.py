@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 from fine_tune.batches import StepFailure
 from fine_tune.errors import GoBack, RunStopped, UserError
-from fine_tune.run_folder import run_of
+from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 

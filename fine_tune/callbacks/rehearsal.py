@@ -16,7 +16,7 @@ from fine_tune.batches import data_of, plan_of
 from fine_tune.callbacks.generations import BATCH_ROWS, Generations, prompt_and_answer
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.device_memory import DeviceMemory
-from fine_tune.run_folder import run_of
+from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 GB = 1e9

@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fine_tune import slurm
 from fine_tune.batches import plan_of
 from fine_tune.callbacks.stop_signals import Stopped, StopSignals
-from fine_tune.run_folder import run_of
+from fine_tune.runs import slurm
+from fine_tune.runs.run_folder import run_of
 
 PACKAGES = (
     "fine-tune",

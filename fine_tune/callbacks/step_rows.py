@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fine_tune.run_folder import run_of
+from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 FOLDER = "rows"

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import plan_of
-from fine_tune.places import is_first_process
+from fine_tune.runs.places import is_first_process
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import data_of
 from fine_tune.errors import UserError
-from fine_tune.run_folder import RECORD, RunFolder, run_of
+from fine_tune.runs.run_folder import RECORD, RunFolder, run_of
 
 log = logging.getLogger("fine_tune")
 SHOWN_OPENINGS = 5

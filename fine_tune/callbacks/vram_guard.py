@@ -10,7 +10,7 @@ from fine_tune.batches import StepFailure, log_interval, plan_of
 from fine_tune.callbacks.rehearsal import rehearse
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.errors import RunStopped, UserError
-from fine_tune.run_folder import run_of
+from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 WARN_PERCENT = 90

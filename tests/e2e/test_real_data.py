@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness import REPOSITORY, TOKENIZER, write_rows
 
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.run_folder import RunFolder
 
 DATA = Path(os.environ.get("FINE_TUNE_DATA", "/nowhere"))
 MODEL = {

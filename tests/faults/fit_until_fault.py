@@ -5,7 +5,7 @@ from typing import Any
 
 from file_faults import fault_at, kill
 
-from fine_tune import checkpoint_io
+from fine_tune.runs import checkpoint_io
 
 if __name__ == "__main__":
     write = checkpoint_io.FolderCheckpointIO._write

@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz_configs import BASES, mutated_config, mutated_flags, unfaithful_settings
 from fuzz_data import DATA_KINDS, mutated_data, unfaithful_rows
+from harness import REPOSITORY, TOKENIZER
 
-from fine_tune import cli
 from fine_tune.data import SFTData
+from fine_tune.exits import exit_code
+from fine_tune.settings_cli import PreparedCLI, prepare_as_fit
 
 SECONDS = 60
 OURS = ("given.yaml", "rows", "base", "mutated")
-TOKENIZER = Path(cli.__file__).parent / "quickstart" / "tokenizer"
 NAMED = re.compile(r"error: (\S*/|-|[\w.]+: |[\w., ]+: |Parser key|.*(--|a flag was))")
 
 
@@ -67,9 +68,9 @@ class Fuzzer:
         text, flags, done = mutate(self.bases[name], rng)
         config.write_bytes(text)
         args = [a.replace("CONFIG", str(config)) for a in flags]
-        prepared: list[cli.PreparedCLI] = []
+        prepared: list[PreparedCLI] = []
         with contextlib.chdir(self.folder):
-            code, told = self._outcome(lambda: prepared.append(cli.prepare_as_fit(args)))
+            code, told = self._outcome(lambda: prepared.append(prepare_as_fit(args)))
         given = text.decode("utf-8", "replace") + " ".join(args)
         wrong = self._judge(code, told, given)
         if code == 0 and prepared:
@@ -112,7 +113,7 @@ class Fuzzer:
         signal.alarm(SECONDS)
         try:
             with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
-                code: int | str = cli.exit_code(run)
+                code: int | str = exit_code(run)
         except TooLong:
             code = f"took more than {SECONDS} s"
         except BaseException as error:
@@ -209,7 +210,7 @@ def fuzz_processes(
         if any("\0" in arg for arg in args):
             continue
         command = [sys.executable, "-m", "fine_tune", "fit", *args, "--trainer.max_steps", "1"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         try:
             ended = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, timeout=300, check=False

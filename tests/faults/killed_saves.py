@@ -12,9 +12,9 @@ from pathlib import Path
 from file_faults import fault_at, kill
 from small_saves import save, step_of
 
-from fine_tune.checkpoint import remove_leftovers
-from fine_tune.run_folder import RunFolder
-from fine_tune.stored_checkpoints import newest_whole
+from fine_tune.runs.checkpoint import remove_leftovers
+from fine_tune.runs.run_folder import RunFolder
+from fine_tune.runs.stored_checkpoints import newest_whole
 
 
 def main(root: Path) -> None:

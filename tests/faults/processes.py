@@ -11,7 +11,7 @@ import torch
 from harness import CommandLine, Outcome
 from safetensors.torch import load_file
 
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.run_folder import RunFolder
 
 SLOW = ["--trainer.callbacks+=signal_at.Slow"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]

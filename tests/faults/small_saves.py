@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fine_tune.callbacks.checkpoints import Checkpoints
-from fine_tune.checkpoint import read_state
-from fine_tune.checkpoint_io import FolderCheckpointIO, Saving
-from fine_tune.run_folder import RunFolder
-from fine_tune.stored_checkpoints import checkpoint_name
+from fine_tune.runs.checkpoint import read_state
+from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
+from fine_tune.runs.run_folder import RunFolder
+from fine_tune.runs.stored_checkpoints import checkpoint_name
 
 
 def state_of(step: int, numbers: int = 64) -> dict[str, Any]:

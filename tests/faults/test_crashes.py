@@ -10,7 +10,7 @@ import pytest
 from harness import CommandLine, Outcome
 from processes import SLOW, TWO, assert_same_run, rank_pid, resume, start, wait_for_step
 
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.run_folder import RunFolder
 
 SECRETS = {
     "HF_TOKEN": "hf_canaryCanaryCanaryCanary42",

@@ -12,8 +12,8 @@ from harness import CommandLine
 from processes import SLOW, assert_same_run, resume, start, wait_for_step
 
 from fine_tune.errors import UserError
-from fine_tune.run_folder import RunFolder, new_version
-from fine_tune.run_lock import LOCK, OWNER, RunLock
+from fine_tune.runs.run_folder import RunFolder, new_version
+from fine_tune.runs.run_lock import LOCK, OWNER, RunLock
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from harness import CommandLine
 from processes import SLOW, TWO, assert_same_run, rank_pid, resume, start, wait_for_step
 
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.run_folder import RunFolder
 
 MAX_STEPS = ["--trainer.max_steps", "10"]
 CODES = {"SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130}
@@ -172,7 +172,7 @@ def test_slurm_is_not_asked_for_a_requeue_after_sigterm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("fine_tune.slurm.requeue", asked.append)
+    monkeypatch.setattr("fine_tune.runs.slurm.requeue", asked.append)
     assert command_line("fit", *fit_args, *signal_at("SIGTERM", step=3)).code == 143
     assert not asked
 

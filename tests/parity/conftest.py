@@ -8,7 +8,7 @@ import pytest
 import torch
 from parity_runs import NUM_ROWS, make_rows, write_model, write_rows
 
-from fine_tune.places import RUN_VARIABLE
+from fine_tune.runs.places import RUN_VARIABLE
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 from lightning.fabric.plugins import CheckpointIO
 
-from fine_tune import checkpoint as folders
-from fine_tune.snapshot import Snapshot, bytes_of
+from fine_tune.runs import checkpoint as folders
+from fine_tune.runs.snapshot import Snapshot, bytes_of
 
 log = logging.getLogger("fine_tune")
 

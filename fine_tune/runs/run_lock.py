@@ -11,8 +11,8 @@ from typing import Any
 import filelock
 import psutil
 
-from fine_tune import slurm
 from fine_tune.errors import UserError
+from fine_tune.runs import slurm
 
 log = logging.getLogger("fine_tune")
 LOCK, OWNER = ".lock", ".owner.json"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_tune.disk import room_for
 from fine_tune.errors import UserError
+from fine_tune.runs.disk import room_for
 
 TRAINING_STATE = "training_state.pt"
 MANIFEST = "manifest.json"

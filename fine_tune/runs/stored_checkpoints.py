@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fine_tune.checkpoint import check_whole, finish_replacement, read_manifest
 from fine_tune.errors import UserError
-from fine_tune.run_folder import RunFolder
+from fine_tune.runs.checkpoint import check_whole, finish_replacement, read_manifest
+from fine_tune.runs.run_folder import RunFolder
 
 NAME = re.compile(r"epoch=[\d.]+-step=(\d+)")
 

@@ -5,10 +5,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fine_tune import run_folder as runs
-from fine_tune.checkpoint import check_whole, finish_replacement, global_step
 from fine_tune.errors import UserError
-from fine_tune.stored_checkpoints import newest_whole, stored
+from fine_tune.runs import run_folder as runs
+from fine_tune.runs.checkpoint import check_whole, finish_replacement, global_step
+from fine_tune.runs.stored_checkpoints import newest_whole, stored
 
 RUN_VARIABLE = (
     "FINE_TUNE_RUN_FOLDER"  # tells the processes a strategy starts which folder the first one took

@@ -1,0 +1,46 @@
+"""How a command ends: exit codes, one line per mistake of the user's, the traceback of ours."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fine_tune.callbacks.stop_signals import Stopped, StopRequest
+from fine_tune.errors import UserError
+from fine_tune.quiet import start_console, stop_tee
+from fine_tune.runs.places import is_first_process
+
+
+def exit_code(run: Callable[[], Any], stop: StopRequest | None = None) -> int:
+    """Run something for the user: 0, or 2 and one line per mistake of theirs; a defect of ours keeps its traceback.
+
+    Args:
+        run: What to run.
+        stop: Listens for signals meanwhile; 143 or 130 if one ended it.
+    """
+    start_console()
+    try:
+        with stop or StopRequest():
+            run()
+    except Stopped as stopped:
+        if is_first_process():
+            print(f"stopped by {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except Exception as error:
+        behind = user_error_behind(error)
+        if behind is None:
+            raise
+        for problem in behind.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        for note in getattr(error, "__notes__", []):
+            print(note, file=sys.stderr)
+        return 2
+    finally:
+        stop_tee()
+    return 0
+
+
+def user_error_behind(error: BaseException | None) -> UserError | None:
+    """Find the user's mistake that jsonargparse wrapped into an error of its own."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,266 @@
+"""The settings of fit, validate and test: parsed, and held against all that needs no weights."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from fine_tune.batches import Choice, DataPlan
+from fine_tune.callbacks.checkpoints import Checkpoints
+from fine_tune.callbacks.early_stopping import EarlyStopping
+from fine_tune.callbacks.generations import Generations
+from fine_tune.callbacks.precision_fallback import PrecisionFallback
+from fine_tune.callbacks.stop_signals import StopRequest
+from fine_tune.callbacks.vram_guard import VRAMGuard
+from fine_tune.config_check import (
+    asks_for_help,
+    check_settings,
+    innermost,
+    with_key,
+)
+from fine_tune.errors import UserError, nearest
+from fine_tune.exits import user_error_behind
+from fine_tune.runs.run_folder import LOGS, check_name
+from fine_tune.saved_config import RunConfig
+from fine_tune.settings import take_templates
+from fine_tune.trainer_settings import (
+    check_trainer,
+    choose_precision,
+    trainer_problems,
+    validation_steps,
+)
+
+FORCED_CALLBACKS = {
+    "precision_fallback": PrecisionFallback,
+    "vram_guard": VRAMGuard,
+    "checkpoint": Checkpoints,
+    "early_stopping": EarlyStopping,
+    "generations": Generations,
+}
+HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
+MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
+
+CLI = TypeVar("CLI", bound="SettingsCLI")
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, whose errors reach the user as one clean line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        raise UserError(with_key(message)) from ex
+
+
+class SettingsCLI(LightningCLI):
+    """Parse the settings, build the classes, prepare the data, and say all mistakes at once.
+
+    Args:
+        stop: Where this process listens for signals.
+    """
+
+    def __init__(self, *args: Any, stop: StopRequest, **kwargs: Any) -> None:
+        self.stop = stop
+        super().__init__(*args, **kwargs)  # runs the verb
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        evaluation = {"model", "dataloaders", "datamodule", "verbose", "weights_only"}
+        fit = {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+        return {"fit": fit, "validate": evaluation, "test": evaluation}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name",
+            type=str,
+            default="run",
+            help="Name of the run: lightning_logs/<name>/version_N.",
+        )
+        parser.add_argument(
+            "--test_at_end",
+            type=bool,
+            default=False,
+            help="Measure the test split once, after fit's last step.",
+        )
+        parser.add_argument(
+            "--targets",
+            type=dict[str, float],
+            default={},
+            help="Metrics to reach, like {val/loss: 1.5}; the end says reached or missed.",
+        )
+        parser.add_argument(
+            "--allow_changes",
+            type=bool,
+            default=False,
+            help="Resume although settings or data differ from the checkpoint's; every difference is recorded.",
+        )
+        for key, callback in FORCED_CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.link_arguments(
+            ("model.init_args.tokenizer", "model.init_args.model_name_or_path"),
+            "data.init_args.tokenizer",
+            compute_fn=lambda tokenizer, model: tokenizer or model,
+        )
+        parser.link_arguments("model.init_args.revision", "data.init_args.tokenizer_revision")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Check every setting with its place first, then let LightningCLI parse."""
+        verb, *rest = self.args_given = list(args)
+        if not asks_for_help(rest):
+            classes = {"trainer": Trainer, **FORCED_CALLBACKS}
+            check_settings(rest, self._parser(verb), classes)
+        rest, templates = take_templates(rest)
+        self.config = parser.parse_args([verb, *rest])
+        for key, value in templates.items():
+            self.config[verb].data.init_args[key] = value
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the user's settings: a checkpoint never brings hyperparameters of its own."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
+
+    @property
+    def settings(self) -> Namespace:
+        """The parsed settings of the chosen verb."""
+        return self.config[str(self.subcommand)]
+
+    @property
+    def root(self) -> Path:
+        return Path(self.settings.trainer.default_root_dir or ".")
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.settings.trainer
+        problems = trainer_problems(trainer)
+        for key in ("early_stopping", "checkpoint"):
+            if self.settings[key].monitor not in MONITORED:
+                problems.append(
+                    f"{key}.monitor: '{self.settings[key].monitor}' is not measured"
+                    f"{nearest(self.settings[key].monitor, list(MONITORED)) or '; known: ' + ', '.join(MONITORED)}"
+                )
+        if trainer.plugins:
+            self.why_precision = "the plugins decide"
+        elif trainer.precision is None:
+            trainer.precision, self.why_precision = choose_precision(str(trainer.accelerator))
+        else:
+            self.why_precision = "as asked"
+        try:
+            check_name(self.settings.name)
+        except UserError as error:
+            problems += error.problems
+        self._problems = problems
+        if self.settings.data.init_args.get("cache_dir") is None:
+            self.settings.data.init_args.cache_dir = str(self.root / LOGS / ".cache")
+
+    def instantiate_classes(self) -> None:
+        problems = self._problems
+        for key in (
+            "data",
+            "model",
+            *FORCED_CALLBACKS,
+        ):  # alone first, so that all mistakes are shown
+            alone = Namespace({key: self.settings[key]})
+            try:
+                self._parser(self.subcommand).instantiate_classes(alone)
+            except Exception as error:
+                behind = user_error_behind(error)
+                if behind is None:
+                    raise
+                problems += behind.problems
+        if problems:
+            raise UserError(*problems)
+        try:
+            super().instantiate_classes()
+        except (
+            ValueError
+        ) as error:  # a class of the user's (callback, logger, plugin) refuses its arguments
+            if "Does not validate" not in str(error):
+                raise
+            raise UserError(f"trainer: {innermost(str(error))}") from error
+
+    def check_before_weights(self) -> None:
+        """Prepare the data and hold everything against everything that needs no weights."""
+        model, data = self.model, self.datamodule
+        data.cap_length(model.max_positions(data.tokenizer if model.from_config else None))
+        data.prepare_data()
+        plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
+        model.check(plan, data.tokenizer)
+        asked = self.settings.trainer.val_check_interval
+        self.val_check_interval = validation_steps(asked, plan.steps_per_epoch)
+        self.chosen = self._take_choices(plan)
+        problems = []
+        if "validation" not in plan.num_rows and self.settings.early_stopping.patience is not None:
+            problems.append(
+                "early_stopping.patience: set, but data.split leaves no validation rows to watch; give a validation "
+                "split, or early_stopping.patience: null"
+            )
+        needed = {"validate": "validation", "test": "test"}.get(str(self.subcommand))
+        if self.settings.test_at_end and self.subcommand == "fit":
+            needed = "test"
+        if needed and needed not in plan.num_rows:
+            verb = self.subcommand if self.subcommand != "fit" else "test"
+            problems.append(
+                f"data.split: there is nothing to {verb}: the data has {', '.join(plan.num_rows)} but no {needed} rows"
+            )
+        if problems:
+            raise UserError(*problems)
+
+    def _take_choices(self, plan: DataPlan) -> dict[str, Choice]:
+        """Write what rules chose for settings left open into the settings, so that the saved config shows them."""
+        chosen = {}
+        for key, choice in plan.choices.items():
+            section, name = key.split(".")
+            settings = self.settings[section].init_args
+            if name in settings and settings[name] is None:
+                settings[name] = choice.value
+                chosen[key] = choice
+        return chosen
+
+
+class PreparedCLI(SettingsCLI):
+    """Parse, check and prepare the data as ``fit`` does, and stop before anything is claimed or loaded."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        check_trainer(self.settings.trainer)
+        self.check_before_weights()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing: the caller looks at ``plan``, ``datamodule``, ``model`` and ``chosen``."""
+
+
+def prepare_as_fit(args: list[str]) -> PreparedCLI:
+    """Take fit's flags as far as its data and its settings, without weights and without a run folder.
+
+    Raises:
+        UserError: What ``fit`` would refuse.
+    """
+    return run_cli(PreparedCLI, ["fit", *args], StopRequest())
+
+
+def run_cli(cli: type[CLI], args: list[str], stop: StopRequest) -> CLI:
+    """Make a CLI of the project, which runs what ``args`` say."""
+    return cli(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        seed_everything_default=42,
+        save_config_callback=RunConfig,
+        trainer_defaults={
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+        },
+        parser_class=Parser,
+        parser_kwargs={
+            "prog": "python -m fine_tune",
+            **{verb: {"epilog": HELP_HINT} for verb in SettingsCLI.subcommands()},
+        },
+        args=args,
+        stop=stop,
+    )
