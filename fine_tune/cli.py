@@ -150,7 +150,7 @@ class FineTuneCLI(SettingsCLI):
             self.place,
             self.identity,
             self.changes,
-            model=self.model.model_name_or_path,
+            model=self.model.model_settings.model_name_or_path,
             command=self.args_given,
         )
 

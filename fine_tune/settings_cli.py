@@ -184,7 +184,8 @@ class SettingsCLI(LightningCLI):
     def check_before_weights(self) -> None:
         """Prepare the data and hold everything against everything that needs no weights."""
         model, data = self.model, self.datamodule
-        data.cap_length(model.max_positions(data.tokenizer if model.from_config else None))
+        new_model = model.model_settings.from_config is not None
+        data.cap_length(model.model_settings.max_positions(data.tokenizer if new_model else None))
         data.prepare_data()
         plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
         model.check(plan, data.tokenizer)

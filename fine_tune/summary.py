@@ -16,16 +16,17 @@ def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> 
         f"{split} {count:,} rows ({plan.num_tokens[split]:,} tokens, {plan.num_supervised[split]:,} supervised)"
         for split, count in plan.num_rows.items()
     )
+    settings = model.model_settings
     source = (
-        model.model_name_or_path
-        or f"new {(model.from_config or {}).get('model_type', 'model')}, random weights"
+        settings.model_name_or_path
+        or f"new {(settings.from_config or {}).get('model_type', 'model')}, random weights"
     )
     how = "all weights"
-    if model.lora:
-        targets = model.lora.target_modules or "peft's default layers"
+    if settings.lora:
+        targets = settings.lora.target_modules or "peft's default layers"
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-        how = f"LoRA r={model.lora.r} alpha={model.lora.lora_alpha} on {names}"
-        how = f"{model.quantized} + {how}" if model.quantized else how
+        how = f"LoRA r={settings.lora.r} alpha={settings.lora.lora_alpha} on {names}"
+        how = f"{settings.quantized} + {how}" if settings.quantized else how
     lines = [
         f"{verb}: {source}, {how}, {trainer.precision} on {trainer.num_devices} x {trainer.strategy.root_device.type}",
         f"data: {rows}",

@@ -69,7 +69,7 @@ def _worst_step(trainer: Trainer, pl_module: Any, batch: Any) -> None:
     optimizer = trainer.optimizers[0]
     while True:
         with trainer.precision_plugin.train_step_context():
-            _, failure = pl_module.gradients(batch)
+            failure = pl_module.gradients(batch).failure
         if failure is None or failure.kind == "non_finite":
             break  # a scaler that still has to find its scale is no matter of memory
         pl_module.handle(failure)

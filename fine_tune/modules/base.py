@@ -6,7 +6,6 @@ the backwards itself and returns a detached loss, so Lightning's own backward fi
 
 import logging
 import os
-import time
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -19,28 +18,21 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fine_tune import adapters, model_config
+from fine_tune import adapters
 from fine_tune.batches import DataPlan, StepFailure, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
-from fine_tune.modules.changed_settings import take_over
-from fine_tune.modules.checks import (
-    lora_problems,
-    max_positions,
-    plan_problems,
-    source_problems,
-    stored_quantization_problems,
-    warmup_problems,
-)
-from fine_tune.modules.evaluation import answer, evaluate_rows
-from fine_tune.modules.gradients import gradients, update
+from fine_tune.modules.changed_settings import follow_settings, step_settings
+from fine_tune.modules.checks import warmup_problems
+from fine_tune.modules.evaluation import answer, evaluate_rows, log_evaluation
+from fine_tune.modules.gradients import StepGradient, gradients, update
 from fine_tune.modules.metrics import TokenMetrics
+from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
 from fine_tune.modules.precision import follow_precision
-from fine_tune.modules.ranks import sum_over_ranks
-from fine_tune.modules.run_identity import optimizer_settings
 from fine_tune.modules.seeding import seed_all
+from fine_tune.modules.throughput import Throughput
 from fine_tune.modules.weights import export, load_weights, weights_to_keep
 
 log = logging.getLogger("fine_tune")
@@ -49,7 +41,7 @@ log = logging.getLogger("fine_tune")
 class StepModule(LightningModule):
     """Base of all modules: builds the model, and takes one optimizer step per batch.
 
-    A subclass says what a batch costs: ``loss_count`` (the divisor), ``loss_sum`` of a micro-batch, and
+    A subclass says what a batch costs: ``loss_count`` (the divisor), ``loss_sums`` of a micro-batch, and
     ``evaluate`` of one.
 
     Args:
@@ -95,29 +87,34 @@ class StepModule(LightningModule):
         warmup_ratio: float | None = None,
     ) -> None:
         super().__init__()
+        self.model_settings = ModelSettings(
+            model_name_or_path=model_name_or_path,
+            revision=revision,
+            from_config=from_config,
+            config=config or {},
+            tokenizer=tokenizer,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization=quantization,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         problems = [
-            *source_problems(model_name_or_path, from_config, quantization, lora),
-            *lora_problems(lora, lora_plus_ratio, quantization),
+            *self.model_settings.problems(lora_plus_ratio),
             *warmup_problems(warmup_steps, warmup_ratio),
             *optimizer_problems(optimizer),
         ]
         if problems:
             raise UserError(*problems)
-        self.model_name_or_path, self.revision = model_name_or_path, revision
-        self.from_config, self.config_overrides = from_config, config or {}
-        self.tokenizer_source = tokenizer or model_name_or_path
-        self.dtype_name, self.attn_implementation = dtype, attn_implementation
-        self.quantization, self.lora, self.lora_plus_ratio = quantization, lora, lora_plus_ratio
-        self.quantized: str | None = quantization  # as asked, or as the checkpoint holds it (check)
-        self.gradient_checkpointing = gradient_checkpointing
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.lora_plus_ratio = lora_plus_ratio
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
         self.strict_loading = (
             False  # weights travel as Hugging Face files, restored in on_load_checkpoint
         )
         self.model: PreTrainedModel | PeftModel | None = None
         self.metrics = TokenMetrics()
-        self._interval_tokens, self._interval_start, self._pause_start = 0, 0.0, 0.0
+        self._throughput = Throughput()
         self._grad_norm = torch.zeros(())
         # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained
         # state is copied before each update; a handler says whether it changed something that may help.
@@ -128,13 +125,15 @@ class StepModule(LightningModule):
 
     # ---- what a subclass says
 
+    step_metrics: tuple[str, ...] = ()  # what it measures of a training step beside its loss
+
     @abstractmethod
     def loss_count(self, batch: Any) -> int:
         """Return what the summed loss of the batch is divided by, for this rank's rows."""
 
     @abstractmethod
-    def loss_sum(self, micro_batch: Any) -> Tensor:
-        """Return the summed loss of a micro-batch, with its graph."""
+    def loss_sums(self, micro_batch: Any) -> tuple[Tensor, ...]:
+        """Return the summed loss of a micro-batch, with its graph, and the sums of ``step_metrics``, without."""
 
     @abstractmethod
     def take_rows(self, batch: Any, rows: slice) -> Any:
@@ -156,48 +155,15 @@ class StepModule(LightningModule):
         self.max_tokens_per_micro_batch = self.plan.max_tokens_per_micro_batch
 
     def check(self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Hold the data against the model's config, and LoRA against its layers, before weights load.
-
-        Raises:
-            UserError: Rows longer than the model's positions, ids outside its vocabulary, unknown LoRA targets, a
-                warm-up longer than the planned epochs, or quantized weights that cannot be trained as asked.
-        """
-        config = self.model_config(tokenizer)
-        problems = stored_quantization_problems(config, self.quantization, self.lora)
-        problems += plan_problems(plan, config, self.num_warmup_steps(plan))
-        if problems:
-            raise UserError(*problems)
-        self.quantized = self.quantization or model_config.stored_quantization(config)
-        if self.gradient_checkpointing is None:
-            choice = plan.choices.get("model.gradient_checkpointing")
-            self.gradient_checkpointing = choice is not None and bool(choice.value)
-        if self.lora == "auto":
-            self.lora = adapters.auto_lora(config)
-        if self.lora is not None:
-            adapters.check_lora(config, self.lora)
-
-    def max_positions(self, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-        """Return the longest row the model's positions allow, or None if its config sets no limit."""
-        return max_positions(self.model_config(tokenizer))
-
-    def model_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-        """Return the model's config with the user's overrides; for a new model, the tokenizer's ids filled in."""
-        fields = self.from_config
-        if fields is not None and tokenizer is not None:
-            ids = {
-                name: getattr(tokenizer, name)
-                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-            }
-            fields = {"vocab_size": len(tokenizer), **ids, **fields}
-        config = model_config.load_config(self.model_name_or_path, self.revision, fields)
-        return model_config.override_config(config, self.config_overrides)
+        """Hold the data against the model's config before weights load; raises what ``ModelSettings.check`` does."""
+        self.model_settings.check(plan, tokenizer, self.num_warmup_steps(plan))
 
     def configure_model(self) -> None:
         """Load or initialise the weights, once."""
         if self.model is not None:
             return
         seed_all(self.seed, "weights")
-        self.model = load_weights(self, self.model_config(self._tokenizer))
+        self.model = load_weights(self.model_settings, self._tokenizer, str(self.trainer.precision))
         if self.trainer.state.fn == "fit":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             total, share = self.model.num_parameters(), "weights: %s, %s of them trained (%.2f %%)"
@@ -223,19 +189,19 @@ class StepModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Take one optimizer step's gradients, again and again until they are usable, and log the step."""
         while True:
-            loss, failure = self.gradients(batch)
-            if failure is None:
+            gradient = self.gradients(batch)
+            if gradient.failure is None:
                 break
-            self.handle(failure)
-        tokens = torch.tensor(float(sum(batch["lengths"])), dtype=torch.float64)
-        self._interval_tokens += int(sum_over_ranks(tokens, self.device, self.trainer.world_size))
-        self._log_step(loss)
-        return loss
+            self.handle(gradient.failure)
+        self._throughput.add(gradient.num_tokens)
+        self._log_step(gradient)
+        return gradient.loss
 
-    def gradients(self, batch: Any) -> tuple[Tensor, StepFailure | None]:
-        """Compute the gradient of a step's rows; return the loss, and why the gradient is of no use, if so."""
-        loss, self._grad_norm, failure = gradients(self, batch)
-        return loss, failure
+    def gradients(self, batch: Any) -> StepGradient:
+        """Compute the gradient of a step's rows, or say why it is of no use."""
+        gradient = gradients(self, batch)
+        self._grad_norm = gradient.norm
+        return gradient
 
     def handle(self, failure: StepFailure) -> None:
         """Let the guards change something, after which the rows are taken again.
@@ -280,26 +246,25 @@ class StepModule(LightningModule):
             wrapped.require_backward_grad_sync = (
                 False  # the step sums gradients once, after its last micro-batch
             )
-        self._interval_tokens, self._interval_start = 0, time.perf_counter()
+        self._throughput.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.plan.num_steps:
             self.trainer.should_stop = True  # validate after the last step, whatever the interval
 
-    def _log_step(self, loss: Tensor) -> None:
+    def _log_step(self, gradient: StepGradient) -> None:
         step = self.trainer.global_step + 1
         values: dict[str, Any] = {
             "step": float(step),
             "epoch": step / self.plan.steps_per_epoch,
-            "train/loss": loss,
+            "train/loss": gradient.loss,
+            **{f"train/{name}": value for name, value in gradient.metrics.items()},
             "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
         }
         if step % log_interval(self.trainer) == 0:
-            now = time.perf_counter()
-            values["perf/tokens_per_second"] = self._interval_tokens / (now - self._interval_start)
+            values["perf/tokens_per_second"] = self._throughput.take()
             if self.device.type == "cuda":
                 values["perf/vram_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-            self._interval_tokens, self._interval_start = 0, now
         self.log_dict(values)
 
     # ---- evaluation
@@ -311,31 +276,14 @@ class StepModule(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
-        self._pause_start = time.perf_counter()
+        self._throughput.pause()
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-        self._interval_start += time.perf_counter() - self._pause_start
+        log_evaluation(self, "val")
+        self._throughput.go_on()
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
-        values = {
-            f"{split}/{name}": value.float() for name, value in self.metrics.compute().items()
-        }
-        self.metrics.reset()
-        for name, value in values.items():
-            if not torch.isfinite(value):
-                log.info("WARNING: %s is %s", name, float(value))
-        step = self.trainer.global_step
-        fitting = self.trainer.state.fn == "fit"
-        if fitting:
-            values |= {
-                "step": torch.tensor(float(step)),
-                "epoch": torch.tensor(step / self.plan.steps_per_epoch),
-            }
-        self.log_dict(values, logger=fitting)  # results of validate and test go to the run's record
+        log_evaluation(self, "test")
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]
@@ -357,7 +305,7 @@ class StepModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what was trained and whole adapters, under the Hugging Face model's own names."""
-        checkpoint["run_settings"] = self._run_settings()
+        checkpoint["run_settings"] = step_settings(self)
         loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         for loader in loaders.get("combined_loader", []):
             loader["num_handed_over"] = checkpoint[
@@ -376,32 +324,11 @@ class StepModule(LightningModule):
         Raises:
             UserError: The folder holds another kind of weights, or an adapter of another base or shape.
         """
-        fitting = self.trainer.state.fn == "fit"
         self.configure_model()
         assert self.model is not None
         adapters.restore_weights(self.model, Path(checkpoint["folder"]))
-        loops = checkpoint.get("loops", {}).get("fit_loop", {})
-        if fitting and checkpoint["global_step"] < self.plan.num_steps:
-            loops["epoch_loop.batch_progress"]["is_last_batch"] = False  # the last of a shorter run
-        then, now = checkpoint.get("run_settings"), self._run_settings()
-        if fitting and then is not None and then != now:
-            new = self.configure_optimizers()
-            take_over(
-                checkpoint,
-                new["optimizer"],
-                new["lr_scheduler"]["scheduler"],
-                same_class=then.get("model.optimizer") == now["model.optimizer"],
-            )
-
-    def _run_settings(self) -> dict[str, Any]:
-        """Return what optimizer and schedule were set to; a restored state brings it along, changed or not."""
-        return {
-            **optimizer_settings(self.optimizer),
-            "model.lora_plus_ratio": self.lora_plus_ratio,
-            "model.lr_scheduler": self.lr_scheduler,
-            "num_warmup_steps": self.num_warmup_steps(self.plan),
-            "num_steps": self.plan.num_steps,
-        }
+        if self.trainer.state.fn == "fit":
+            follow_settings(self, checkpoint)
 
     # ---- small parts
 

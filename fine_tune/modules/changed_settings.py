@@ -1,11 +1,48 @@
 """Settings of optimizer and schedule that were changed for a resumed run: made to take effect on a restored state."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fine_tune.modules.run_identity import optimizer_settings
+
+if TYPE_CHECKING:
+    from fine_tune.modules.base import StepModule
+
 log = logging.getLogger("fine_tune")
+
+
+def step_settings(module: "StepModule") -> dict[str, Any]:
+    """Return what optimizer and schedule were set to; a restored state brings it along, changed or not."""
+    return {
+        **optimizer_settings(module.optimizer),
+        "model.lora_plus_ratio": module.lora_plus_ratio,
+        "model.lr_scheduler": module.lr_scheduler,
+        "num_warmup_steps": module.num_warmup_steps(module.plan),
+        "num_steps": module.plan.num_steps,
+    }
+
+
+def follow_settings(module: "StepModule", checkpoint: dict[str, Any]) -> None:
+    """Make the module's settings take effect on the state of a checkpoint that is about to be restored for training.
+
+    Args:
+        module: Of the run that goes on.
+        checkpoint: Lightning's, changed in place.
+    """
+    if checkpoint["global_step"] < module.plan.num_steps:  # the last of a shorter run, perhaps
+        loop = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loop["is_last_batch"] = False
+    then, now = checkpoint.get("run_settings"), step_settings(module)
+    if then is not None and then != now:
+        new = module.configure_optimizers()
+        take_over(
+            checkpoint,
+            new["optimizer"],
+            new["lr_scheduler"]["scheduler"],
+            same_class=then.get("model.optimizer") == now["model.optimizer"],
+        )
 
 
 def take_over(

@@ -1,6 +1,9 @@
 """Rows evaluated and prompts answered in parts that fit the device; a part that does not is taken in smaller ones."""
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fine_tune.batches import StepFailure, cut_by_tokens
 from fine_tune.device_memory import is_out_of_memory
@@ -9,6 +12,8 @@ from fine_tune.modules.precision import lowered
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule
+
+log = logging.getLogger("fine_tune")
 
 
 def evaluate_rows(module: "StepModule", batch: Any) -> None:
@@ -38,6 +43,28 @@ def evaluate_rows(module: "StepModule", batch: Any) -> None:
                 tokens_at_once=lengths[start] * first.stop,
             )
         )
+
+
+def log_evaluation(module: "StepModule", split: str) -> None:
+    """Log what a split measured: to the loggers while training, else to the run's record alone.
+
+    Args:
+        module: Whose metrics; they start anew.
+        split: ``val`` or ``test``.
+    """
+    values = {f"{split}/{name}": value.float() for name, value in module.metrics.compute().items()}
+    module.metrics.reset()
+    for name, value in values.items():
+        if not torch.isfinite(value):
+            log.info("WARNING: %s is %s", name, float(value))
+    step = module.trainer.global_step
+    fitting = module.trainer.state.fn == "fit"
+    if fitting:
+        values |= {
+            "step": torch.tensor(float(step)),
+            "epoch": torch.tensor(step / module.plan.steps_per_epoch),
+        }
+    module.log_dict(values, logger=fitting)
 
 
 def answer(

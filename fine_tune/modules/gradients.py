@@ -4,6 +4,7 @@ Out of memory is a local event: it is told to all ranks by a flag, nothing has c
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,44 +27,65 @@ if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule
 
 
-def gradients(module: "StepModule", batch: Any) -> tuple[Tensor, Tensor, StepFailure | None]:
+@dataclass(frozen=True)
+class StepGradient:
+    """What the rows of a step gave, over all ranks; the gradient itself lies in the parameters.
+
+    Args:
+        loss: The step's loss, without its graph.
+        norm: Of the gradient; scaled, under a gradient scaler.
+        metrics: Means over the step of what the module measures beside its loss.
+        num_tokens: Tokens of the step's rows.
+        failure: Why the gradient cannot be used, if so: then there is none, and nothing else has changed.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    num_tokens: float = 0.0
+    failure: StepFailure | None = None
+
+
+def gradients(module: "StepModule", batch: Any) -> StepGradient:
     """Sum the gradient of a step over all micro-batches and ranks, divided once.
 
     Args:
         module: What the rows cost, and the weights that get the gradient.
         batch: The rows of the optimizer step on this rank.
-
-    Returns:
-        The step's loss over all ranks, the norm of its gradient (scaled, under a gradient scaler), and why the gradient
-        cannot be used, if so: then there is none, and nothing else has changed.
     """
     device, world_size = module.device, module.trainer.world_size
     seed_all(module.seed, module.trainer.global_step, module.global_rank)
     module.trainer.optimizers[0].zero_grad(set_to_none=True)
-    loss = norm = torch.zeros((), device=device)
-    mine = torch.tensor(module.loss_count(batch), dtype=torch.float64)
-    count = sum_over_ranks(mine, device, world_size).item()
+    mine = torch.tensor(
+        [module.loss_count(batch), float(sum(batch["lengths"]))], dtype=torch.float64
+    )
+    count, num_tokens = sum_over_ranks(mine, device, world_size).tolist()
+    # The loss, then the metrics in their order: summed over micro-batches here, and over ranks together.
+    sums = torch.zeros(1 + len(module.step_metrics), device=device)
     out_of_memory = False
     try:
         for rows in cut_by_tokens(batch["lengths"], module.max_tokens_per_micro_batch):
             with lowered(module.step_precision, device):
-                micro_loss = module.loss_sum(module.take_rows(batch, rows)) / count
+                loss_sum, *others = module.loss_sums(module.take_rows(batch, rows))
+                micro_loss = loss_sum / count
             with torch.autocast(device.type, enabled=False):
                 module.trainer.strategy.backward(micro_loss, None)
-            loss = loss + micro_loss.detach()
+            sums = sums + torch.stack([micro_loss.detach(), *(other / count for other in others)])
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         out_of_memory = True  # dealt with below: the traceback holds the activations
     if any_rank(out_of_memory, device, world_size):
-        return loss, norm, _failure(module, "out_of_memory", batch)
+        return StepGradient(
+            sums[0], torch.zeros(()), failure=_failure(module, "out_of_memory", batch)
+        )
     trained = [p for p in module.parameters() if p.requires_grad]
     sum_gradients_over_ranks(trained, device, world_size)
-    loss = sum_over_ranks(loss, device, world_size)
+    loss, *means = sum_over_ranks(sums, device, world_size)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if not torch.isfinite(loss + norm):  # the step's one wait for the device
-        return loss, norm, _failure(module, "non_finite", batch, float(loss))
-    return loss, norm, None
+        return StepGradient(loss, norm, failure=_failure(module, "non_finite", batch, float(loss)))
+    return StepGradient(loss, norm, dict(zip(module.step_metrics, means, strict=True)), num_tokens)
 
 
 def update(module: "StepModule", take_step: Callable[[], None]) -> None:

@@ -78,14 +78,15 @@ def run_identity(
     Returns:
         Plain values by key; ``data.files`` is a list of files with their SHA-256.
     """
+    weights = model.model_settings
     identity = {
         "model": _class_name(model),
-        "model.weights": weights_content(model.model_name_or_path, model.revision),
+        "model.weights": weights_content(weights.model_name_or_path, weights.revision),
         "seed_everything": settings.get("seed_everything"),
         **{f"trainer.{name}": settings["trainer"].get(name) for name in OF_TRAINER},
         **_given(settings, "model"),
         **_given(settings, "data"),
-        **_of_lora(model.lora),
+        **_of_lora(weights.lora),
         **optimizer_settings(model.optimizer, settings["model"]["init_args"].get("optimizer")),
         **data,
         STEPS: num_steps,

@@ -24,8 +24,8 @@ class SFT(StepModule):
     def loss_count(self, batch: SFTBatch) -> int:
         return sum(batch["num_supervised"])
 
-    def loss_sum(self, micro_batch: SFTBatch) -> Tensor:
-        return nll_sum(*self._supervised_logits(micro_batch))
+    def loss_sums(self, micro_batch: SFTBatch) -> tuple[Tensor]:
+        return (nll_sum(*self._supervised_logits(micro_batch)),)
 
     def take_rows(self, batch: SFTBatch, rows: slice) -> SFTBatch:
         longest = batch["lengths"][rows.start]

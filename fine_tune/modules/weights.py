@@ -5,35 +5,37 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fine_tune import adapters, models
+from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.precision import precision_dtype, weights_dtype
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule
 
 
-def load_weights(module: "StepModule", config: PreTrainedConfig) -> Any:
-    """Load or initialise the model, quantized and adapted as the module's settings say, ready to train."""
-    precision = str(module.trainer.precision)
-    dtype = weights_dtype(module.dtype_name, precision, frozen=module.lora is not None)
+def load_weights(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, precision: str
+) -> Any:
+    """Load or initialise the model, quantized and adapted as the settings say, ready to train."""
+    dtype = weights_dtype(settings.dtype, precision, frozen=settings.lora is not None)
     quantization = None
-    if module.quantized:
+    if settings.quantized:
         compute_dtype = precision_dtype(precision) or dtype
-        quantization = models.quantization_config(module.quantized, compute_dtype)
+        quantization = models.quantization_config(settings.quantized, compute_dtype)
     model: Any = models.load_model(
-        config,
-        module.model_name_or_path,
-        revision=module.revision,
+        settings.resolved_config(tokenizer),
+        settings.model_name_or_path,
+        revision=settings.revision,
         dtype=dtype,
-        attn_implementation=module.attn_implementation,
+        attn_implementation=settings.attn_implementation,
         quantization=quantization,
     )
-    if module.gradient_checkpointing:
+    if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if module.lora is not None:
-        model = adapters.add_lora(model, module.lora, module.model_name_or_path)
+    if settings.lora is not None:
+        model = adapters.add_lora(model, settings.lora, settings.model_name_or_path)
         if precision.endswith("mixed"):
             adapters.keep_trained_in_float32(model)
     model.train()

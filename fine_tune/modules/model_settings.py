@@ -1,0 +1,91 @@
+"""The settings that make a module's model, held against the data before its weights load."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import LoraConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from fine_tune import adapters, model_config
+from fine_tune.batches import DataPlan
+from fine_tune.errors import UserError
+from fine_tune.modules.checks import (
+    lora_problems,
+    max_positions,
+    plan_problems,
+    source_problems,
+    stored_quantization_problems,
+)
+
+
+@dataclass
+class ModelSettings:
+    """Which model, and how it is loaded, quantized and adapted; the fields are documented where users set them.
+
+    ``check`` fills in what was left to a rule: ``lora: auto``, ``gradient_checkpointing``, and ``quantized``, as asked
+    or as the checkpoint holds it.
+    """
+
+    model_name_or_path: str | None
+    revision: str | None
+    from_config: dict[str, Any] | None
+    config: dict[str, Any]
+    tokenizer: str | None
+    dtype: str
+    attn_implementation: str | None
+    quantization: str | None
+    lora: LoraConfig | Literal["auto"] | None
+    gradient_checkpointing: bool | None
+    quantized: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = self.tokenizer or self.model_name_or_path
+        self.quantized = self.quantization
+
+    def problems(self, lora_plus_ratio: float | None) -> list[str]:
+        """Say what does not go together."""
+        return [
+            *source_problems(
+                self.model_name_or_path, self.from_config, self.quantization, self.lora
+            ),
+            *lora_problems(self.lora, lora_plus_ratio, self.quantization),
+        ]
+
+    def check(
+        self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase, num_warmup_steps: int
+    ) -> None:
+        """Hold the data against the model's config, and LoRA against its layers, before weights load.
+
+        Raises:
+            UserError: Rows longer than the model's positions, ids outside its vocabulary, unknown LoRA targets, a
+                warm-up longer than the planned epochs, or quantized weights that cannot be trained as asked.
+        """
+        config = self.resolved_config(tokenizer)
+        problems = stored_quantization_problems(config, self.quantization, self.lora)
+        problems += plan_problems(plan, config, num_warmup_steps)
+        if problems:
+            raise UserError(*problems)
+        self.quantized = self.quantization or model_config.stored_quantization(config)
+        if self.gradient_checkpointing is None:
+            choice = plan.choices.get("model.gradient_checkpointing")
+            self.gradient_checkpointing = choice is not None and bool(choice.value)
+        if self.lora == "auto":
+            self.lora = adapters.auto_lora(config)
+        if self.lora is not None:
+            adapters.check_lora(config, self.lora)
+
+    def max_positions(self, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+        """Return the longest row the model's positions allow, or None if its config sets no limit."""
+        return max_positions(self.resolved_config(tokenizer))
+
+    def resolved_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
+        """Return the model's config with the user's overrides; for a new model, the tokenizer's ids filled in."""
+        fields = self.from_config
+        if fields is not None and tokenizer is not None:
+            ids = {
+                name: getattr(tokenizer, name)
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            }
+            fields = {"vocab_size": len(tokenizer), **ids, **fields}
+        config = model_config.load_config(self.model_name_or_path, self.revision, fields)
+        return model_config.override_config(config, self.config)
