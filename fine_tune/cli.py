@@ -113,7 +113,9 @@ class FineTuneCLI(SettingsCLI):
             logger=[*own_loggers, *_listed(given.logger)],
             plugins=[
                 *_listed(given.plugins),
-                FolderCheckpointIO(with_identity(self.model.export, self.identity)),
+                FolderCheckpointIO(
+                    with_identity(self.model.export, self.identity), checked=self.place.checkpoint
+                ),
             ],
             **kwargs,
         )

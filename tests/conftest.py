@@ -9,9 +9,9 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 from harness import TOKENIZER, CommandLine, Outcome, write_rows
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from small_models import save_small_model
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @pytest.fixture
@@ -23,21 +23,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 2 layers with the quickstart's tokenizer, saved as any user's model would be."""
     folder = tmp_path_factory.mktemp("model") / "llama"
-    tokenizer = AutoTokenizer.from_pretrained(str(TOKENIZER))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_small_model(folder, max_position_embeddings=256)
     return folder
 
 

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from small_models import TOKENIZER
+
 from fine_tune.runs.run_folder import RunFolder
 
+__all__ = ["REPOSITORY", "TOKENIZER", "CommandLine", "Outcome", "write_rows"]
+
 REPOSITORY = Path(__file__).parent.parent
-TOKENIZER = REPOSITORY / "fine_tune" / "quickstart" / "tokenizer"
 
 
 @dataclass

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,19 @@ def write_checkpoint(
     return size
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, *, checked: bool = False) -> dict[str, Any]:
     """Read the training state of a whole checkpoint; the weights follow from its ``folder``.
+
+    Args:
+        folder: The checkpoint.
+        checked: Whether ``check_whole`` has just passed.
 
     Raises:
         UserError: It is not a checkpoint folder, or a file in it is missing or changed.
     """
-    finish_replacement(folder)
-    check_whole(folder)
+    if not checked:
+        finish_replacement(folder)
+        check_whole(folder)
     state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
     return {**state, "state_dict": {}, "folder": str(folder)}
 
@@ -135,13 +141,17 @@ def check_whole(folder: Path) -> None:
     Raises:
         UserError: Names the file that is missing or whose content changed.
     """
-    for name, expected in read_manifest(folder)["sha256"].items():
+    sums = read_manifest(folder)["sha256"]
+    for name in sums:
         if not (folder / name).is_file():
             raise UserError(f"ckpt_path: '{folder / name}' is missing; use another checkpoint")
-        if _sha256(folder / name) != expected:
-            raise UserError(
-                f"ckpt_path: '{folder / name}' is damaged (its SHA-256 changed); use another checkpoint"
-            )
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(_sha256, [folder / name for name in sums])
+        for (name, expected), actual in zip(sums.items(), found, strict=True):
+            if actual != expected:
+                raise UserError(
+                    f"ckpt_path: '{folder / name}' is damaged (its SHA-256 changed); use another checkpoint"
+                )
 
 
 def _seal(folder: Path, facts: Mapping[str, Any]) -> int:

@@ -40,10 +40,11 @@ class FolderCheckpointIO(CheckpointIO):
 
     Args:
         export: Writes the model's files into a folder, given the trained weights.
+        checked: A checkpoint whose hashes have just been verified; its first load does not repeat it.
     """
 
-    def __init__(self, export: folders.Export) -> None:
-        self.export = export
+    def __init__(self, export: folders.Export, *, checked: Path | None = None) -> None:
+        self.export, self._checked = export, checked
         self._snapshot = Snapshot()
         self._threads: futures.ThreadPoolExecutor | None = None
         self._writing: futures.Future[None] | None = None
@@ -104,7 +105,8 @@ class FolderCheckpointIO(CheckpointIO):
             UserError: It is not a checkpoint folder, a file in it is missing or changed, or the last save failed.
         """
         self.wait()
-        return folders.read_state(Path(path))
+        checked, self._checked = Path(path) == self._checked, None
+        return folders.read_state(Path(path), checked=checked)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint folder."""

@@ -5,32 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TOKENIZER, CommandLine
+from harness import CommandLine
 from safetensors.torch import load_file
+from small_models import save_small_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GPT2Config,
-    LlamaConfig,
-    PhiConfig,
-    PreTrainedConfig,
 )
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def save_model(architecture: str, folder: Path) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
-    config: PreTrainedConfig = {
-        "llama": lambda: LlamaConfig(**SIZES, **ids, intermediate_size=128),
-        "phi": lambda: PhiConfig(**SIZES, **ids, intermediate_size=128),
-        "gpt2": lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, **ids),
-    }[architecture]()
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_small_model(folder, architecture, **SIZES)
     return folder
 
 

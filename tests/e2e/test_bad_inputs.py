@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import REPOSITORY, CommandLine, Outcome, write_rows
+from small_models import save_small_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
@@ -309,15 +310,7 @@ def test_weights_that_are_not_all_there(
 def test_a_tokenizer_larger_than_the_embedding(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, model_folder: Path
 ) -> None:
-    torch.manual_seed(0)
-    small = LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-    )
-    LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    save_small_model(tmp_path / "small", vocab_size=20)
     args = ["--model.model_name_or_path", tmp_path / "small", "--model.tokenizer", model_folder]
     refused(command_line("fit", *fit_args, *args), "model's vocabulary has 20 entries")
 

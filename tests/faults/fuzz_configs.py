@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from small_models import save_small_model
 
 Base = dict[str, Any]
 VALUES: list[Any] = [
@@ -112,20 +113,9 @@ def _quickstart(folder: Path, tokenizer: Path) -> Base:
 
 
 def _lora(folder: Path, tokenizer: Path) -> Base:
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     model = folder / "base"
     if not model.exists():
-        words = AutoTokenizer.from_pretrained(str(tokenizer))
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-        ids = {"bos_token_id": None, "eos_token_id": words.eos_token_id}
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(words), num_attention_heads=2, pad_token_id=None, **sizes, **ids
-        )
-        LlamaForCausalLM(config).save_pretrained(model)
-        words.save_pretrained(model)
+        save_small_model(model, num_hidden_layers=1)
     base = _quickstart(folder, tokenizer)
     base["model"]["init_args"] = {
         "model_name_or_path": str(model),

@@ -19,8 +19,9 @@ from file_faults import fault_at
 from harness import CommandLine
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from small_models import small_config
 from small_saves import export, save, state_of, step_of
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from fine_tune.adapters import restore_weights
 from fine_tune.errors import UserError
@@ -336,15 +337,9 @@ def test_what_is_written_is_the_state_at_the_save_whatever_the_next_steps_do(
 
 @pytest.mark.parametrize("kind", ["full, tied", "full", "lora"])
 def test_a_model_that_trains_on_is_written_as_it_was(tmp_path: Path, kind: str) -> None:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        tie_word_embeddings=kind == "full, tied",
+    model: Any = AutoModelForCausalLM.from_config(
+        small_config(num_hidden_layers=1, tie_word_embeddings=kind == "full, tied")
     )
-    model: Any = LlamaForCausalLM(config)
     if kind == "lora":
         lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)

@@ -4,10 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import REPOSITORY, TOKENIZER, CommandLine, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
+from harness import REPOSITORY, CommandLine, write_rows
+from small_models import save_small_model
 
 PUBLISHED_GB = 5.67  # a published run of this model on this task
+PHI_2 = {
+    "vocab_size": 51200,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "partial_rotary_factor": 0.4,
+    "max_position_embeddings": 2048,
+}
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(1200),
@@ -16,22 +25,8 @@ pytestmark = [
 
 
 def test_phi2_xsum_fits_a_small_gpu(command_line: CommandLine, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    config = PhiConfig(
-        vocab_size=51200,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        partial_rotary_factor=0.4,
-        max_position_embeddings=2048,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     folder = tmp_path / "phi-2"
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_small_model(folder, "phi", dtype=torch.float16, **PHI_2)
     files = {}
     for split in ("train", "validation", "test"):
         rows = [{"document": f"{i} " + "satu " * 1500, "summary": "dua " * 30} for i in range(32)]
