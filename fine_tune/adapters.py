@@ -142,7 +142,11 @@ def restore_weights(model: Any, folder: Path) -> None:
         _restore_adapter(model, folder)
     else:
         saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-        model.load_state_dict(saved.state_dict())
+        on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+        model.load_state_dict(
+            saved.state_dict(), assign=on_cpu
+        )  # taken over where nothing is moved
+        model.tie_weights()
 
 
 def _restore_adapter(model: Any, folder: Path) -> None:

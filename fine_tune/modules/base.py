@@ -113,7 +113,6 @@ class StepModule(LightningModule):
             False  # weights travel as Hugging Face files, restored in on_load_checkpoint
         )
         self.model: PreTrainedModel | PeftModel | None = None
-        self._loaded_from: Path | None = None
         self.metrics = TokenMetrics()
         self._throughput = Throughput()
         self._grad_norm = torch.zeros(())
@@ -160,16 +159,11 @@ class StepModule(LightningModule):
         self.model_settings.check(plan, tokenizer, self.num_warmup_steps(plan))
 
     def configure_model(self) -> None:
-        """Load or initialise the weights, once; all of them from the checkpoint where it holds all."""
+        """Load or initialise the weights, once."""
         if self.model is not None:
             return
         seed_all(self.seed, "weights")
-        self.model, self._loaded_from = load_weights(
-            self.model_settings,
-            self._tokenizer,
-            str(self.trainer.precision),
-            checkpoint=self.trainer.ckpt_path,
-        )
+        self.model = load_weights(self.model_settings, self._tokenizer, str(self.trainer.precision))
         if self.trainer.state.fn == "fit":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             total, share = self.model.num_parameters(), "weights: %s, %s of them trained (%.2f %%)"
@@ -332,10 +326,7 @@ class StepModule(LightningModule):
         """
         self.configure_model()
         assert self.model is not None
-        folder = Path(checkpoint["folder"])
-        if self._loaded_from != folder:
-            adapters.restore_weights(self.model, folder)
-        self._loaded_from = None  # they are trained from here on
+        adapters.restore_weights(self.model, Path(checkpoint["folder"]))
         if self.trainer.state.fn == "fit":
             follow_settings(self, checkpoint)
 

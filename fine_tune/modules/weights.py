@@ -16,27 +16,9 @@ if TYPE_CHECKING:
 
 
 def load_weights(
-    settings: ModelSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    precision: str,
-    *,
-    checkpoint: str | Path | None = None,
-) -> tuple[Any, Path | None]:
-    """Load or initialise the model, quantized and adapted as the settings say, ready to train.
-
-    Args:
-        settings: The module's, checked.
-        tokenizer: Gives a new model its size and special ids.
-        precision: The trainer's.
-        checkpoint: Where the run goes on from. If all weights are trained they are read from there and not from the
-            base first; what an adapter's checkpoint holds comes later.
-
-    Returns:
-        The model, and the checkpoint if its weights are that one's.
-    """
-    folder = Path(checkpoint) if checkpoint is not None and settings.lora is None else None
-    if folder is not None and not (folder / "config.json").is_file():
-        folder = None  # an adapter's: refused when it is restored
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, precision: str
+) -> Any:
+    """Load or initialise the model, quantized and adapted as the settings say, ready to train."""
     dtype = weights_dtype(settings.dtype, precision, frozen=settings.lora is not None)
     quantization = None
     if settings.quantized:
@@ -44,8 +26,8 @@ def load_weights(
         quantization = models.quantization_config(settings.quantized, compute_dtype)
     model: Any = models.load_model(
         settings.resolved_config(tokenizer),
-        str(folder) if folder is not None else settings.model_name_or_path,
-        revision=None if folder is not None else settings.revision,
+        settings.model_name_or_path,
+        revision=settings.revision,
         dtype=dtype,
         attn_implementation=settings.attn_implementation,
         quantization=quantization,
@@ -57,7 +39,7 @@ def load_weights(
         if precision.endswith("mixed"):
             adapters.keep_trained_in_float32(model)
     model.train()
-    return model, folder
+    return model
 
 
 def weights_to_keep(module: "StepModule", state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

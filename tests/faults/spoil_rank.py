@@ -20,17 +20,17 @@ class SpoilRank(Callback):
         self._done = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        original = pl_module.loss_sum
+        original = pl_module.loss_sums
 
-        def spoiled(micro_batch: Any) -> torch.Tensor:
-            loss: torch.Tensor = original(micro_batch)
+        def spoiled(micro_batch: Any) -> tuple[torch.Tensor]:
+            (loss,) = original(micro_batch)
             if trainer.global_rank != self.rank or trainer.global_step + 1 != self.step:
-                return loss
+                return (loss,)
             if self.how == "nan":
-                return loss * float("nan") if torch.is_autocast_enabled("cpu") else loss
+                return (loss * float("nan") if torch.is_autocast_enabled("cpu") else loss,)
             if not self._done:
                 self._done = True
                 raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
-            return loss
+            return (loss,)
 
-        pl_module.loss_sum = spoiled
+        pl_module.loss_sums = spoiled
