@@ -41,7 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     """Every run of the test is on this device, and its forward passes keep to the limit."""
     device = Device()
     monkeypatch.setattr("fine_tune.callbacks.vram_guard.memory_of", lambda _: device)
-    for name in ("loss_sum", "evaluate"):
+    for name in ("loss_sums", "evaluate"):
         run_out_above_limit(monkeypatch, name, device)
     return device
 

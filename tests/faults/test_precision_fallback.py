@@ -27,13 +27,14 @@ HALF = ["--trainer.plugins+=test_precision_fallback.HalfOnCpu", "--trainer.plugi
 
 def spoil(monkeypatch: pytest.MonkeyPatch, step: int, only: Any = lambda: True) -> None:
     """Make the loss of a step no number, while ``only`` holds."""
-    original = SFT.loss_sum
+    original = SFT.loss_sums
 
-    def spoiled(self: SFT, micro_batch: Any) -> torch.Tensor:
-        loss = original(self, micro_batch)
-        return loss * float("nan") if self.trainer.global_step + 1 == step and only() else loss
+    def spoiled(self: SFT, micro_batch: Any) -> tuple[torch.Tensor]:
+        (loss,) = original(self, micro_batch)
+        spoils = self.trainer.global_step + 1 == step and only()
+        return (loss * float("nan") if spoils else loss,)
 
-    monkeypatch.setattr(SFT, "loss_sum", spoiled)
+    monkeypatch.setattr(SFT, "loss_sums", spoiled)
 
 
 def in_autocast(dtype: torch.dtype) -> bool:
