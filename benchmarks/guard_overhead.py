@@ -80,6 +80,7 @@ def run() -> None:
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
     quiet_libraries()
+    from fine_tune.callbacks.loss_spikes import LossSpikes
     from fine_tune.callbacks.precision_fallback import PrecisionFallback
     from fine_tune.callbacks.progress import TrainingProgress
     from fine_tune.callbacks.step_rows import StepRows
@@ -91,7 +92,7 @@ def run() -> None:
     inside: dict[str, float] = defaultdict(float)
     whole: dict[str, float] = {}
     hooks = ["on_train_batch_start", "on_train_batch_end"]
-    for cls in (VRAMGuard, PrecisionFallback, StepRows, StopSignals):
+    for cls in (VRAMGuard, PrecisionFallback, StepRows, LossSpikes, StopSignals):
         timed(inside, cls, [name for name in hooks if name in vars(cls)])
     timed(inside, Snapshot, ["take"])
     timed(inside, TrainedState, ["__init__"])

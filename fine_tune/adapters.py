@@ -125,8 +125,13 @@ def linear_layer_names(model: torch.nn.Module) -> list[str]:
     return sorted(names)
 
 
-def restore_weights(model: Any, folder: Path) -> None:
+def restore_weights(model: Any, folder: Path, *, same_base: bool = False) -> None:
     """Copy the weights of a checkpoint folder into a model of the same kind, bit for bit.
+
+    Args:
+        model: A Hugging Face model, or a peft model around one.
+        folder: The checkpoint's.
+        same_base: Whether an adapter's base is known to be the one it was trained on, whatever its folder is called.
 
     Raises:
         UserError: The folder holds other weights than the model: full instead of adapter, another base, rank or
@@ -139,7 +144,7 @@ def restore_weights(model: Any, folder: Path) -> None:
             f"ckpt_path: '{folder}' holds {kinds[0]}, but the config trains {kinds[1]} (model.lora)"
         )
     if isinstance(model, PeftModel):
-        _restore_adapter(model, folder)
+        _restore_adapter(model, folder, same_base)
     else:
         saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
         on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
@@ -149,11 +154,12 @@ def restore_weights(model: Any, folder: Path) -> None:
         model.tie_weights()
 
 
-def _restore_adapter(model: Any, folder: Path) -> None:
+def _restore_adapter(model: Any, folder: Path, same_base: bool) -> None:
     saved = json.loads((folder / "adapter_config.json").read_text())
     now = model.active_peft_config
-    fields = ["base_model_name_or_path", "r", "lora_alpha", "use_rslora"]
-    fields += ["rank_pattern", "alpha_pattern"]
+    fields = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]
+    if not same_base:
+        fields.insert(0, "base_model_name_or_path")
     inits = (saved.get("init_lora_weights"), now.init_lora_weights)
     if any(init in INITS_THAT_CHANGE_THE_BASE for init in inits):
         fields.append("init_lora_weights")

@@ -127,3 +127,9 @@ def cut_by_tokens(lengths: list[int], max_tokens: int | None) -> list[slice]:
         cuts.append(slice(start, stop))
         start = stop
     return cuts
+
+
+def most_tokens_at_once(lengths: list[int], max_tokens: int | None) -> int:
+    """Return the padded tokens of the largest micro-batch that ``cut_by_tokens`` makes; 0 without rows."""
+    cuts = cut_by_tokens(lengths, max_tokens)
+    return max((lengths[cut.start] * (cut.stop - cut.start) for cut in cuts), default=0)

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from fine_tune import summary
+from fine_tune.callbacks.loss_spikes import LossSpikes
 from fine_tune.callbacks.progress import TrainingProgress
 from fine_tune.callbacks.run_record import RunRecord
 from fine_tune.callbacks.step_rows import StepRows
@@ -166,7 +167,16 @@ class FineTuneCLI(SettingsCLI):
         progress = TrainingProgress(bar=self.settings.trainer.enable_progress_bar is not False)
         signals = StopSignals(self.stop)
         return super()._instantiate_trainer(
-            config, [*callbacks, progress, StepRows(), TestOpenings(), RunRecord(signals), signals]
+            config,
+            [
+                *callbacks,
+                progress,
+                StepRows(),
+                LossSpikes(),
+                TestOpenings(),
+                RunRecord(signals),
+                signals,
+            ],
         )
 
     # ---- verbs

@@ -1,7 +1,6 @@
 """When to save, what to keep: the last checkpoint and the best ones, named by true epoch and step."""
 
 import logging
-import math
 import time
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from fine_tune.batches import plan_of
+from fine_tune.callbacks.stop_signals import validation_is_due
 from fine_tune.errors import RunStopped, UserError
 from fine_tune.runs.checkpoint import remove_checkpoint, remove_leftovers
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
@@ -60,7 +60,7 @@ class Checkpoints(Checkpoint):
         step, plan = trainer.global_step, plan_of(trainer)
         every = plan.steps_per_epoch if self.every == "epoch" else self.every
         due = step % every == 0 or step >= plan.num_steps or trainer.should_stop
-        if due and not self._validation_follows(trainer, step):
+        if due and not validation_is_due(trainer):
             self._save(trainer, score=None)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -90,14 +90,6 @@ class Checkpoints(Checkpoint):
             _io(trainer).wait()
         except Exception as error:
             log.error("the last checkpoint was not written: %s", error)
-
-    def _validation_follows(self, trainer: Trainer, step: int) -> bool:
-        if "validation" not in plan_of(trainer).num_rows or not trainer.enable_validation:
-            return False
-        if trainer.should_stop or step >= plan_of(trainer).num_steps:
-            return True
-        interval = trainer.val_check_batch
-        return bool(interval) and interval != math.inf and step % int(interval or 1) == 0
 
     # ---- how
 

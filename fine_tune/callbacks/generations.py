@@ -37,6 +37,7 @@ class Generations(Callback):
                 "generations: rows and test_rows must not be negative, max_new_tokens at least 1"
             )
         self.rows, self.max_new_tokens, self.test_rows = rows, max_new_tokens, test_rows
+        self._warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0 and self._has(trainer, "validation"):
@@ -94,19 +95,29 @@ class Generations(Callback):
         asked = sorted(
             (q for q in questions if _key(q) not in known), key=lambda q: len(q["prompt_ids"])
         )
-        file.parent.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(asked), BATCH_ROWS):
             batch = asked[start : start + BATCH_ROWS]
             prompts = [q["prompt_ids"] for q in batch]
             written = cast(Any, pl_module).generate(prompts, self.max_new_tokens, sorted(stop_ids))
-            with open(file, "a", encoding="utf-8") as handle:
-                for question, ids in zip(batch, written, strict=True):
-                    answer = {k: v for k, v in question.items() if k != "prompt_ids"}
-                    answer["answer"] = data.tokenizer.decode(ids, skip_special_tokens=True).strip()
-                    answer["exact_match"] = answer["answer"] == answer["expected"]
-                    known[_key(answer)] = answer
-                    handle.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            answers = []
+            for question, ids in zip(batch, written, strict=True):
+                answer = {k: v for k, v in question.items() if k != "prompt_ids"}
+                answer["answer"] = data.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answer["exact_match"] = answer["answer"] == answer["expected"]
+                known[_key(answer)] = answer
+                answers.append(json.dumps(answer, ensure_ascii=False) + "\n")
+            self._keep(file, answers)
         return [known[_key(question)] for question in questions]
+
+    def _keep(self, file: Path, lines: list[str]) -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8") as handle:
+                handle.writelines(lines)
+        except OSError as error:
+            if not self._warned:
+                log.info("WARNING: answers are not kept in %s (%s); training goes on", file, error)
+            self._warned = True
 
 
 def _key(answer: dict[str, Any]) -> tuple[Any, ...]:

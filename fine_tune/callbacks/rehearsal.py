@@ -6,32 +6,44 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
-from fine_tune.batches import data_of, plan_of
+from fine_tune.batches import data_of, most_tokens_at_once, plan_of
 from fine_tune.callbacks.generations import BATCH_ROWS, Generations, prompt_and_answer
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.device_memory import DeviceMemory
+from fine_tune.runs.checkpoint import LEFTOVERS
 from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 GB = 1e9
 
 
-def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> list[str]:
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a rehearsal found.
+
+    Args:
+        lines: For the user: peak memory, disk, time.
+        bytes_per_token: What forward and backward take for each padded token of a micro-batch.
+    """
+
+    lines: list[str]
+    bytes_per_token: float
+
+
+def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearsed:
     """Run the worst of everything the run will do, and put all state back bit for bit.
 
     Args:
         trainer: A trainer about to train.
         pl_module: Its module, weights loaded.
         memory: The device's.
-
-    Returns:
-        Lines for the user: peak memory, disk, time.
 
     Raises:
         UserError: One row alone does not fit, or a checkpoint does not.
@@ -41,7 +53,7 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> list[str
     with _unchanged(pl_module):
         batch = _on_device(trainer, pl_module, data.longest_rows("train"))
         start = time.perf_counter()
-        _worst_step(trainer, pl_module, batch)
+        bytes_per_token = _worst_step(trainer, pl_module, batch, memory)
         step_seconds = time.perf_counter() - start
         peaks = {"step": memory.peak()}
         if "validation" in plan.num_rows:
@@ -57,24 +69,28 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> list[str
     tokens = max(batch["lengths"]) * len(batch["lengths"])
     mean_tokens = plan.num_tokens["train"] / plan.steps_per_epoch / trainer.world_size
     left = step_seconds * min(1.0, mean_tokens / tokens) * (plan.num_steps - trainer.global_step)
-    return [
+    lines = [
         f"rehearsed: {len(batch['lengths'])} rows of up to {max(batch['lengths']):,} tokens; peak {worst / GB:.2f} GB "
         f"of {total / GB:.1f} GB ({100 * worst / total:.0f} %)",
         f"  a checkpoint has {num_bytes / GB:.3f} GB, saved and read back in {save_seconds:.1f} s; "
         f"{free / GB:.1f} GB of disk are free; roughly {format_seconds(left)} of steps to come",
     ]
+    return Rehearsed(lines, bytes_per_token)
 
 
-def _worst_step(trainer: Trainer, pl_module: Any, batch: Any) -> None:
-    optimizer = trainer.optimizers[0]
+def _worst_step(trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory) -> float:
+    optimizer, before = trainer.optimizers[0], memory.allocated()
     while True:
         with trainer.precision_plugin.train_step_context():
             failure = pl_module.gradients(batch).failure
         if failure is None or failure.kind == "non_finite":
             break  # a scaler that still has to find its scale is no matter of memory
         pl_module.handle(failure)
+        memory.reset_peak()
+    tokens = most_tokens_at_once(batch["lengths"], pl_module.max_tokens_per_micro_batch)
+    bytes_per_token = (memory.peak() - before) / max(1, tokens)
     if optimizer.state:
-        return  # of a run that goes on: its state is there already, and an update would change it
+        return bytes_per_token  # of a run that goes on: its state is there already, and an update would change it
     # The update allocates the optimizer's state; zero gradients at rate zero leave the weights as they are.
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -86,6 +102,7 @@ def _worst_step(trainer: Trainer, pl_module: Any, batch: Any) -> None:
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+    return bytes_per_token
 
 
 def _worst_validation(trainer: Trainer, pl_module: Any, data: Any) -> None:
@@ -109,7 +126,7 @@ def _worst_answers(trainer: Trainer, pl_module: Any, data: Any) -> None:
 
 
 def _save_and_reload(trainer: Trainer) -> tuple[int, float]:
-    folder = run_of(trainer).checkpoints / ".rehearsal"
+    folder = run_of(trainer).checkpoints / f".rehearsal.{LEFTOVERS[0]}"
     start = time.perf_counter()
     trainer.save_checkpoint(str(folder))
     num_bytes = 0

@@ -1,12 +1,13 @@
 """Memory: the worst step is rehearsed before the first, watched while training, and survived when it runs out."""
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fine_tune.batches import StepFailure, log_interval, plan_of
+from fine_tune.batches import StepFailure, log_interval, most_tokens_at_once, plan_of
 from fine_tune.callbacks.rehearsal import rehearse
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.errors import RunStopped, UserError
@@ -50,13 +51,18 @@ class VRAMGuard(Callback):
         self._budget: int | None = None  # None: the plan's
         self._rehearsed: dict[str, Any] = {}
         self._warned = False
-        self._before_step = 0
+        self._bytes_per_token = 0.0  # as rehearsed; 0: not known
 
     def state_dict(self) -> dict[str, Any]:
-        return {"budget": self._budget, "rehearsed": self._rehearsed}
+        return {
+            "budget": self._budget,
+            "rehearsed": self._rehearsed,
+            "bytes_per_token": self._bytes_per_token,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._budget, self._rehearsed = state_dict["budget"], state_dict["rehearsed"]
+        self._bytes_per_token = state_dict["bytes_per_token"]
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self.memory: DeviceMemory = memory_of(trainer.strategy.root_device)
@@ -79,27 +85,29 @@ class VRAMGuard(Callback):
             "device": f"{trainer.strategy.root_device.type} {self.memory.total()}",
         }
         if self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps:
-            for line in rehearse(trainer, pl_module, self.memory):
+            rehearsed = rehearse(trainer, pl_module, self.memory)
+            for line in rehearsed.lines:
                 log.info(line)
-            self._rehearsed = now
+            self._rehearsed, self._bytes_per_token = now, rehearsed.bytes_per_token
         self.memory.reset_peak()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Give way to other processes on the device before they make the step fail."""
-        self._before_step = self.memory.allocated() if self.memory.can_run_out else 0
-        if not self.memory.can_run_out or self._percent() < self.threshold_percent:
+        if not self.memory.can_run_out or not batch["lengths"]:
             return
-        self.memory.clear_cache()
         if self._percent() >= self.threshold_percent:
-            tokens = pl_module.max_tokens_per_micro_batch or sum(batch["lengths"])
-            self._cut(
-                trainer,
-                pl_module,
-                max(batch["lengths"][0], tokens // 2),
-                "the device is nearly full",
-            )
+            self.memory.clear_cache()
+        longest, budget = batch["lengths"][0], pl_module.max_tokens_per_micro_batch
+        tokens = most_tokens_at_once(batch["lengths"], budget)
+        fitting = self._tokens_that_fit()
+        if self._percent() >= self.threshold_percent:
+            half = max(longest, (budget or sum(batch["lengths"])) // 2)
+            self._cut(trainer, pl_module, half, "the device is nearly full")
+        elif tokens > max(fitting, longest):
+            why = f"the device has room for about {fitting:,.0f} padded tokens, the step would take {tokens:,}"
+            self._cut(trainer, pl_module, max(longest, int(fitting)), why)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -123,6 +131,14 @@ class VRAMGuard(Callback):
         if self._budget is not None:
             planned = plan_of(trainer).max_tokens_per_micro_batch or self._budget
             pl_module.max_tokens_per_micro_batch = min(self._budget, planned)
+
+    def _tokens_that_fit(self) -> float:
+        if not self._bytes_per_token:
+            return math.inf
+        unused = (
+            self.memory.reserved() - self.memory.allocated()
+        )  # held, but free for the next step
+        return (self.memory.total() - self.memory.used() + unused) / self._bytes_per_token
 
     def _percent(self) -> float:
         return 100 * self.memory.used() / self.memory.total()

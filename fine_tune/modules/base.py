@@ -20,7 +20,6 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fine_tune import adapters
 from fine_tune.batches import DataPlan, StepFailure, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
 from fine_tune.modules.changed_settings import follow_settings, step_settings
@@ -33,7 +32,7 @@ from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_
 from fine_tune.modules.precision import follow_precision
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.throughput import Throughput
-from fine_tune.modules.weights import export, load_weights, weights_to_keep
+from fine_tune.modules.weights import export, load_weights, restore_weights, weights_to_keep
 
 log = logging.getLogger("fine_tune")
 
@@ -326,7 +325,7 @@ class StepModule(LightningModule):
         """
         self.configure_model()
         assert self.model is not None
-        adapters.restore_weights(self.model, Path(checkpoint["folder"]))
+        restore_weights(self.model, self.model_settings, Path(checkpoint["folder"]))
         if self.trainer.state.fn == "fit":
             follow_settings(self, checkpoint)
 

@@ -14,14 +14,14 @@ from fine_tune.batches import StepFailure, cut_by_tokens
 from fine_tune.device_memory import is_out_of_memory
 from fine_tune.errors import GoBack
 from fine_tune.modules.precision import lowered
-from fine_tune.modules.ranks import (
+from fine_tune.modules.seeding import seed_all
+from fine_tune.modules.trained_state import TrainedState
+from fine_tune.ranks import (
     any_rank,
     from_all_ranks,
     sum_gradients_over_ranks,
     sum_over_ranks,
 )
-from fine_tune.modules.seeding import seed_all
-from fine_tune.modules.trained_state import TrainedState
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule

@@ -8,8 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune import adapters, models
+from fine_tune.errors import UserError
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.precision import precision_dtype, weights_dtype
+from fine_tune.modules.run_identity import read_identity, weights_content
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule
@@ -40,6 +42,22 @@ def load_weights(
             adapters.keep_trained_in_float32(model)
     model.train()
     return model
+
+
+def restore_weights(model: Any, settings: ModelSettings, folder: Path) -> None:
+    """Put the weights of a checkpoint into the model; an adapter's only on the base it was trained on.
+
+    Raises:
+        UserError: The folder holds another kind of weights, or an adapter of another base or shape.
+    """
+    then = (read_identity(folder) or {}).get("model.weights")
+    now = weights_content(settings.model_name_or_path, settings.revision)
+    if isinstance(model, PeftModel) and then not in (None, now):
+        raise UserError(
+            f"ckpt_path: the adapter in '{folder}' was trained on other weights than those of "
+            f"'{settings.model_name_or_path}'; set model.model_name_or_path to its base"
+        )
+    adapters.restore_weights(model, folder, same_base=then is not None)
 
 
 def weights_to_keep(module: "StepModule", state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -180,3 +180,24 @@ def test_loftq_makes_up_for_what_4_bits_lose(
     adapted.save_pretrained(tmp_path / "adapter")
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["init_lora_weights"] is True
+
+
+def test_an_adapters_base_is_known_by_its_weights_not_by_its_folder(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    folder = save_model("llama", tmp_path / "llama")
+    args = [*fit_args, "--model.model_name_or_path", str(folder), "--model.lora", "auto"]
+    run = command_line("fit", *args).run()
+    moved = folder.rename(tmp_path / "moved")
+    config = ["--config", run.path / "config.yaml", "--model.model_name_or_path", moved]
+    again = command_line("validate", *config, "--ckpt_path", "best", root=False)
+    assert again.code == 0, again.err
+    results = run.read()["results"]
+    assert results[-1]["metrics"]["val/loss"] == results[0]["metrics"]["val/loss"]
+
+    model = AutoModelForCausalLM.from_pretrained(moved)
+    model.model.norm.weight.data += 1
+    model.save_pretrained(moved)
+    refused = command_line("validate", *config, "--ckpt_path", "best", root=False)
+    assert refused.code == 2
+    assert f"was trained on other weights than those of '{moved}'" in refused.err

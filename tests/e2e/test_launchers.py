@@ -29,8 +29,7 @@ def test_torchrun_takes_one_folder_and_gives_the_same_losses(
             "torch.distributed.run",
             "--nproc_per_node",
             "2",
-            "--master_port",
-            "29617",
+            "--standalone",
         ]
         + ["-m", "fine_tune", "fit", *fit_args, *together, *two],
         cwd=REPOSITORY,

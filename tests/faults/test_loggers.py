@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from harness import CommandLine
 
+from fine_tune.callbacks.generations import Generations
 from fine_tune.loggers import MetricsCSV, QuietWandb
 
 
@@ -96,3 +97,15 @@ def test_a_wandb_that_fails_later_is_switched_off(tmp_path: Path) -> None:
     logger.log_metrics({"a": 1.0}, step=1)
     logger.log_metrics({"a": 1.0}, step=2)
     assert logger._off
+
+
+def test_answers_that_cannot_be_kept_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    caplog.set_level("INFO", logger="fine_tune")
+    answers = Generations()
+    for _ in range(2):
+        answers._keep(tmp_path / "file" / "generations.jsonl", ["{}\n"])
+    (told,) = caplog.messages
+    assert "File exists" in told and "training goes on" in told

@@ -280,6 +280,51 @@ def test_the_budget_is_cut_before_a_device_is_full(
     assert float(outcome.metrics()[0]["perf/memory_used_percent"]) == pytest.approx(96.0)
 
 
+class SharedDevice(Device):
+    """Forward and backward take ``per_token`` bytes a padded token; another process may hold ``others``."""
+
+    per_token, others = 10**6, 0
+    _peak = 10**8
+
+    def used(self) -> int:
+        return 10**8 + self.others
+
+    def allocated(self) -> int:
+        return 10**8
+
+    reserved = allocated
+
+    def peak(self) -> int:
+        return self._peak
+
+    def reset_peak(self) -> None:
+        self._peak = 10**8
+
+
+def test_the_budget_is_cut_before_a_step_that_would_not_fit(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SharedDevice()
+    monkeypatch.setattr("fine_tune.callbacks.vram_guard.memory_of", lambda _: device)
+    original = SFT.loss_sums
+
+    def taking(self: SFT, micro_batch: Any) -> Any:
+        device._peak = max(
+            device._peak, 10**8 + device.per_token * micro_batch["input_ids_BT"].numel()
+        )
+        if self.trainer.global_step == 5:  # from the seventh step on there is room for 50 tokens
+            device.others = device.total() - 10**8 - 50 * device.per_token
+        return original(self, micro_batch)
+
+    monkeypatch.setattr(SFT, "loss_sums", taking)
+    outcome = command_line("fit", *fit_args, "--vram_guard.threshold_percent", "100")
+    assert outcome.code == 0, outcome.err
+    (event,) = outcome.run().read()["events"]
+    assert event["step"] == 7
+    assert "the device has room for about 50 padded tokens, the step would take" in event["event"]
+    assert "-> 50 tokens per micro-batch" in event["event"]
+
+
 def test_settings_of_the_guard_are_checked(command_line: CommandLine, fit_args: list[str]) -> None:
     outcome = command_line("fit", *fit_args, "--vram_guard.threshold_percent", "120")
     assert outcome.code == 2
