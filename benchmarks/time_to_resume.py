@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from checkpoint_stall import MODEL, save_small_model
 from lightning.pytorch import Callback
+from torch.utils import tensorboard
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
@@ -36,7 +37,7 @@ from fine_tune import cli, data, modules
 from fine_tune.__main__ import main as fine_tune
 from fine_tune.runs.checkpoint import TRAINING_STATE, read_manifest, read_state, write_checkpoint
 
-IMPORTED = (cli, data, modules, modeling_llama)  # by name only when a run needs them
+IMPORTED = (cli, data, modules, modeling_llama, tensorboard)  # by name only when a run needs them
 NEAR, FAR = 100, 100_000
 ROWS = 1000
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fine_tune.callbacks.stop_signals import (
     end_with_parent,
 )
 from fine_tune.callbacks.test_openings import TestOpenings
-from fine_tune.errors import GoBack, UserError
+from fine_tune.errors import DamagedCheckpoint, GoBack, UserError
 from fine_tune.exits import exit_code, user_error_behind
 from fine_tune.loggers import MetricsCSV, default_loggers
 from fine_tune.modules.run_identity import Change, run_identity
@@ -60,6 +61,7 @@ class FineTuneCLI(SettingsCLI):
     def __init__(self, *args: Any, stop: StopRequest, **kwargs: Any) -> None:
         self._run: runs.RunFolder | None = None
         self._lock: RunLock | None = None
+        self._found_damage = False
         try:
             super().__init__(*args, stop=stop, **kwargs)  # runs the verb
         except Stopped as stopped:
@@ -79,7 +81,8 @@ class FineTuneCLI(SettingsCLI):
         return self._run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        check_trainer(self.settings.trainer)
+        # With several processes all must agree on the checkpoint, so its hashes are compared before they start.
+        hashes = check_trainer(self.settings.trainer) > 1 or self._found_damage
         if is_first_process():
             check_writable(self.root)
         self.check_before_weights()
@@ -89,6 +92,7 @@ class FineTuneCLI(SettingsCLI):
             name=self.settings.name,
             root=self.root,
             configs=[str(config) for config in self.settings.config or []],
+            hashes=hashes,
         )
         self._check_same_run()
         run = claim(self.place, self.settings.name, self.root)
@@ -115,7 +119,8 @@ class FineTuneCLI(SettingsCLI):
             plugins=[
                 *_listed(given.plugins),
                 FolderCheckpointIO(
-                    with_identity(self.model.export, self.identity), checked=self.place.checkpoint
+                    with_identity(self.model.export, self.identity),
+                    checked=self.place.checkpoint if hashes else None,
                 ),
             ],
             **kwargs,
@@ -191,7 +196,7 @@ class FineTuneCLI(SettingsCLI):
             if self.settings.test_at_end and not tested:
                 self.test(model, datamodule)
             return
-        self._fit(model, datamodule)
+        self._from_whole_checkpoint(self._fit)
         if self.stop.agreed(self.trainer):
             raise Stopped(self.stop.signum)
         model, datamodule = self.model, self.datamodule
@@ -213,12 +218,23 @@ class FineTuneCLI(SettingsCLI):
             for line in summary.end_of_fit(self.run_folder, seconds, targets):
                 log.info(line)
 
-    def _fit(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+    def _from_whole_checkpoint(self, start: Callable[[], None]) -> None:
+        """Start from the checkpoint asked for; one that proves damaged while it is read is passed over."""
+        try:
+            start()
+        except DamagedCheckpoint:
+            if self.place.checkpoint is None or self._found_damage:
+                raise
+            self._found_damage = True
+            self.instantiate_classes()
+            start()
+
+    def _fit(self) -> None:
         """Train; where a guard asks for it, go on from the newest checkpoint, perhaps in another precision."""
         for _ in range(MAX_GOING_BACK):
             try:
                 checkpoint = _text(self.place.checkpoint)
-                self.trainer.fit(model, datamodule=datamodule, ckpt_path=checkpoint)
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
                 return
             except GoBack as back:
                 reason = back.reason
@@ -235,24 +251,23 @@ class FineTuneCLI(SettingsCLI):
                 self.settings.ckpt_path = str(newest)
                 self.settings.trainer.precision = back.precision or self.settings.trainer.precision
             self.instantiate_classes()
-            model, datamodule = self.model, self.datamodule
         raise UserError(f"{reason}; the run went back {MAX_GOING_BACK} times, and it happens again")
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
         """Measure the checkpoint on the validation split."""
-        self.trainer.validate(
-            model, datamodule=datamodule, ckpt_path=_text(self.place.checkpoint), verbose=False
-        )
-        self._show_result()
+        self._from_whole_checkpoint(lambda: self._measure(self.trainer.validate))
 
     def test(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
         """Measure the checkpoint on the test split."""
-        self.trainer.test(
-            model, datamodule=datamodule, ckpt_path=_text(self.place.checkpoint), verbose=False
-        )
-        self._show_result()
+        self._from_whole_checkpoint(lambda: self._measure(self.trainer.test))
 
-    def _show_result(self) -> None:
+    def _measure(self, evaluate: Callable[..., Any]) -> None:
+        evaluate(
+            self.model,
+            datamodule=self.datamodule,
+            ckpt_path=_text(self.place.checkpoint),
+            verbose=False,
+        )
         if self.trainer.is_global_zero:
             for line in summary.evaluation(self.run_folder):
                 log.info(line)

@@ -33,6 +33,10 @@ class RunStopped(UserError):
     """A run cannot go on as it is, but its state is good: it is saved."""
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint is not what its manifest says; an earlier one may be."""
+
+
 class GoBack(Exception):
     """The run has to go on from its newest whole checkpoint.
 

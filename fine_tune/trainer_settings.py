@@ -66,8 +66,11 @@ def choose_precision(accelerator: str) -> tuple[str, str]:
     return "16-mixed", "the GPU has no bfloat16"
 
 
-def check_trainer(trainer: Namespace) -> None:
+def check_trainer(trainer: Namespace) -> int:
     """Try the trainer's settings, without the classes among them, before anything is written.
+
+    Returns:
+        The number of processes the run will have.
 
     Raises:
         UserError: What Lightning says of them, and what this machine has.
@@ -81,7 +84,7 @@ def check_trainer(trainer: Namespace) -> None:
     asked |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     asked |= {"max_epochs": 1, "val_check_interval": None, "enable_checkpointing": False}
     try:
-        Trainer(**asked)
+        return int(Trainer(**asked).world_size)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         told = " ".join(str(error).split())
         raise UserError(

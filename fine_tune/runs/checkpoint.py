@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_tune.errors import UserError
+from fine_tune.errors import DamagedCheckpoint, UserError
 from fine_tune.runs.disk import room_for
 
 TRAINING_STATE = "training_state.pt"
@@ -68,15 +68,21 @@ def read_state(folder: Path, *, checked: bool = False) -> dict[str, Any]:
 
     Args:
         folder: The checkpoint.
-        checked: Whether ``check_whole`` has just passed.
+        checked: Whether ``check_whole`` has just passed; else it runs beside the reading.
 
     Raises:
         UserError: It is not a checkpoint folder, or a file in it is missing or changed.
     """
     if not checked:
         finish_replacement(folder)
-        check_whole(folder)
-    state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+    with ThreadPoolExecutor(1) as threads:
+        checking = threads.submit(check_whole, folder, hashes=not checked)
+        try:
+            state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+        except Exception:
+            checking.result()  # says it better
+            raise
+        checking.result()
     return {**state, "state_dict": {}, "folder": str(folder)}
 
 
@@ -135,8 +141,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def check_whole(folder: Path) -> None:
+def check_whole(folder: Path, *, hashes: bool = True) -> None:
     """Compare a checkpoint folder with its manifest.
+
+    Args:
+        folder: The checkpoint.
+        hashes: Compare the content of its files, too; without, only the manifest itself and that no file is missing.
 
     Raises:
         UserError: Names the file that is missing or whose content changed.
@@ -144,12 +154,16 @@ def check_whole(folder: Path) -> None:
     sums = read_manifest(folder)["sha256"]
     for name in sums:
         if not (folder / name).is_file():
-            raise UserError(f"ckpt_path: '{folder / name}' is missing; use another checkpoint")
+            raise DamagedCheckpoint(
+                f"ckpt_path: '{folder / name}' is missing; use another checkpoint"
+            )
+    if not hashes:
+        return
     with ThreadPoolExecutor() as threads:
         found = threads.map(_sha256, [folder / name for name in sums])
         for (name, expected), actual in zip(sums.items(), found, strict=True):
             if actual != expected:
-                raise UserError(
+                raise DamagedCheckpoint(
                     f"ckpt_path: '{folder / name}' is damaged (its SHA-256 changed); use another checkpoint"
                 )
 

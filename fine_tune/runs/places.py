@@ -36,7 +36,13 @@ class Place:
 
 
 def find_place(
-    verb: str, ckpt_path: str | None, *, name: str, root: Path, configs: list[str]
+    verb: str,
+    ckpt_path: str | None,
+    *,
+    name: str,
+    root: Path,
+    configs: list[str],
+    hashes: bool = True,
 ) -> Place:
     """Resolve ``best``, ``last`` or a path; for the first two a damaged checkpoint is passed over.
 
@@ -49,6 +55,7 @@ def find_place(
         name: The run's name.
         root: Folder that holds ``lightning_logs``.
         configs: YAML files of the command line; one inside a run folder names that run.
+        hashes: Compare the content of the checkpoint's files with its manifest now, and not when they are read.
 
     Raises:
         UserError: No such checkpoint, a damaged one, or several runs it could be.
@@ -59,7 +66,7 @@ def find_place(
             return Place(None, None)
         ckpt_path = "best"  # the config of a run means the run
     if ckpt_path not in ("best", "last"):
-        return _place_of_path(verb, Path(ckpt_path))
+        return _place_of_path(verb, Path(ckpt_path), hashes)
     own = runs.run_of_config(configs)
     if not is_first_process() and RUN_VARIABLE in os.environ:
         own = runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
@@ -67,7 +74,7 @@ def find_place(
         own = runs.unfinished_version(root, name)
     if own is None:
         own = runs.newest_with_checkpoint(root, name, ckpt_path)
-    checkpoint, notes = newest_whole(own, ckpt_path)
+    checkpoint, notes = newest_whole(own, ckpt_path, hashes=hashes)
     return _place(verb, own, checkpoint, is_last=ckpt_path == "last", notes=notes)
 
 
@@ -109,14 +116,14 @@ def is_first_process() -> bool:
     return next((rank for rank in ranks if rank), "0") == "0"
 
 
-def _place_of_path(verb: str, checkpoint: Path) -> Place:
+def _place_of_path(verb: str, checkpoint: Path, hashes: bool) -> Place:
     finish_replacement(checkpoint)
     if not checkpoint.is_dir():
         folders = (p for p in checkpoint.parent.glob("*") if p.is_dir() and p.name[0] != ".")
         beside = sorted(p.name for p in folders)
         listed = f"; there are {', '.join(beside)}" if beside else ""
         raise UserError(f"ckpt_path: '{checkpoint}' does not exist{listed}; or give best or last")
-    check_whole(checkpoint)
+    check_whole(checkpoint, hashes=hashes)
     return _place(verb, runs.RunFolder(checkpoint.resolve().parent.parent), checkpoint)
 
 

@@ -45,8 +45,13 @@ def ranked(checkpoints: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]
     return sorted(scored, key=lambda c: (sign * float(c["score"]), c["step"]))
 
 
-def newest_whole(run: RunFolder, which: str) -> tuple[Path, list[str]]:
+def newest_whole(run: RunFolder, which: str, *, hashes: bool = True) -> tuple[Path, list[str]]:
     """Find the ``best`` or ``last`` checkpoint that is whole.
+
+    Args:
+        run: The run.
+        which: ``best`` or ``last``.
+        hashes: See ``check_whole``.
 
     Returns:
         Its folder, and a line for each better or newer one that was refused, and why.
@@ -62,7 +67,7 @@ def newest_whole(run: RunFolder, which: str) -> tuple[Path, list[str]]:
     for candidate in candidates:
         folder = run.checkpoints / candidate["name"]
         try:
-            check_whole(folder)
+            check_whole(folder, hashes=hashes)
         except UserError as error:
             refused += error.problems
             continue
