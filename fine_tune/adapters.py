@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def add_lora(model: PreTrainedModel, lora: Any, weights: str | None = None) -> A
         lora.init_lora_weights, lora.loftq_config = True, {}
     try:
         adapted = get_peft_model(model, lora)
+    except re.error as error:
+        of = [key for key, value in vars(lora).items() if value == error.pattern]
+        raise UserError(
+            f"model.lora{''.join(f'.{key}' for key in of[:1])}: {error.pattern!r} is no regular expression: {error.msg}"
+        ) from error
     except ValueError as error:
         if "target" not in str(error).lower():
             raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error

@@ -8,14 +8,17 @@ import inspect
 import re
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from fine_tune.errors import UserError, nearest
-from fine_tune.settings import Setting, flag_problems, read_yaml, split_flags
+from fine_tune.misread import forbids_null, misread_text, names_class
+from fine_tune.parser_reports import innermost
+from fine_tune.settings import Setting, flag_problems, plain, read_yaml, split_flags
 
 SECTIONS = {"model": LightningModule, "data": LightningDataModule}
+TOP = ""  # keys that belong to no class
+CLASSES_BY_PATH = ("callbacks", "logger", "plugins", "strategy")  # LightningCLI's parser knows them
 NO_RUN = re.compile(r"-h|--print_config|--print_shtab|--([\w.]+\.)?help")
 LINKED = {
     "data.tokenizer": "model.tokenizer",
@@ -46,12 +49,14 @@ def check_settings(args: list[str], parser: Any, classes: dict[str, type]) -> No
     broken = (
         bool(problems) and not settings
     )  # a file that cannot be read says nothing of what it lacks
-    settings += flags
+    settings += [part for flag in flags for part in _opened(flag, set(classes))]
     classes = {**classes, **_section_classes(settings, problems, complete=not broken)}
     top_level = sorted(
         {action.dest.split(".")[0] for action in parser._actions if action.dest != "help"}
     )
     parsers = {section: _class_parser(cls) for section, cls in classes.items()}
+    parsers[TOP] = _top_parser(parser)
+    problems += _classless(settings)
     for setting in settings:
         problems += _check_setting(setting, top_level, parsers, classes)
     if problems:
@@ -85,7 +90,7 @@ def _import_class(path: str, section: str) -> tuple[type | None, str]:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name or home)
-    except ImportError:
+    except (ImportError, TypeError):  # the latter for ../x
         module = importlib.import_module(home)
     found = getattr(module, name, None)
     if inspect.isclass(found) and issubclass(found, SECTIONS[section]):
@@ -93,7 +98,7 @@ def _import_class(path: str, section: str) -> tuple[type | None, str]:
     known = [f"{home}.{n}" for n in importlib.import_module(home).__all__]
     return (
         None,
-        f"'{path}' is not a {SECTIONS[section].__name__}{nearest(path, known) or '; known: ' + ', '.join(known)}",
+        f"'{path:.120}' is not a {SECTIONS[section].__name__}{nearest(path, known) or '; known: ' + ', '.join(known)}",
     )
 
 
@@ -101,6 +106,23 @@ def _class_parser(cls: type) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, fail_untyped=False, sub_configs=True)
     return parser
+
+
+def _top_parser(verb_parser: Any) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    for action in verb_parser._actions:
+        typed = getattr(action, "_typehint", None)
+        if typed is not None and "." not in action.dest and action.dest not in SECTIONS:
+            parser.add_argument(f"--{action.dest}", type=typed, default=action.default)
+    return parser
+
+
+def _opened(flag: Setting, sections: set[str]) -> list[Setting]:
+    """Take a flag that gives a whole section as a mapping, like --trainer={max_steps: 3}, apart."""
+    value = plain(flag) if flag.key in sections and not flag_problems(flag) else None
+    if not isinstance(value, dict):
+        return [flag]
+    return [Setting(f"{flag.key}.{name}", part, flag.where) for name, part in value.items()]
 
 
 def _check_setting(
@@ -114,7 +136,7 @@ def _check_setting(
     if secret:
         return [secret]
     if section not in top_level:
-        inner = [f"{name}.{field}" for name, p in parsers.items() for field in _names(p)]
+        inner = [f"{name}.{f}" for name, p in parsers.items() if name != TOP for f in _names(p)]
         hint = nearest(section, top_level) or nearest(setting.key, inner)
         return [f"{_where(setting)}: unknown {_kind(setting, section)}{hint}"]
     if setting.from_flag and (wrong := flag_problems(setting)):
@@ -125,6 +147,8 @@ def _check_setting(
         return _not_a_section(setting)
     if setting.key in LINKED and setting.value is not None:
         return [f"{_where(setting)}: {setting.key}: is the model's; set {LINKED[setting.key]}"]
+    if not rest and section in _names(parsers[TOP]):
+        return _check_value(setting, section, section, parsers[TOP], None)
     of_class = rest == "class_path" and section in SECTIONS
     if not rest or of_class or section not in parsers:
         return []
@@ -138,22 +162,42 @@ def _check_setting(
         return [
             f"{_where(setting)}: unknown {_kind(setting, name)} of {classes[section].__name__}{close}"
         ]
-    if section == "trainer" and name in ("callbacks", "logger", "plugins", "strategy"):
-        return []  # classes by path: LightningCLI's parser knows them
+    return _check_value(setting, name, rest, parser, classes[section])
+
+
+def _check_value(
+    setting: Setting, name: str, rest: str, parser: ArgumentParser, cls: type | None
+) -> list[str]:
+    where = f"{_where(setting)}: {setting.key}"
+    if setting.value is None and (forbidden := forbids_null(parser, name)):
+        return [f"{where}: {forbidden}"]
     try:
         if setting.from_flag:
             parser.parse_args([f"--{rest}={setting.value}"], _skip_validation=True)
-        else:
-            parser.parse_object({name: setting.value}, _skip_validation=True)
+            return []
+        got = parser.parse_object({name: setting.value}, _skip_validation=True)[name]
     except Exception as error:  # jsonargparse raises errors of several classes
+        if cls is Trainer and name in CLASSES_BY_PATH:
+            return []
         if name == "optimizer" and "class_path" not in str(error) and "accepted" not in str(error):
-            return [
-                f"{_where(setting)}: {setting.key}: '{setting.value}' is not an optimizer; like torch.optim.AdamW"
-            ]
-        return [
-            f"{_where(setting)}: {setting.key}: {innermost(str(error), classes[section], name)}"
-        ]
-    return []
+            return [f"{where}: '{setting.value}' is not an optimizer; like torch.optim.AdamW"]
+        return [f"{where}: {innermost(str(error), cls, name)}"]
+    told = misread_text(setting.value, got)
+    return [f"{where}: {told}"] if told else []
+
+
+def _classless(settings: list[Setting]) -> list[str]:
+    """Find a YAML's options of an optimizer that nothing names: jsonargparse drops them, a flag's not."""
+    key = "model.optimizer"
+    given = [s for s in settings if s.key == key]
+    if any(s.key == f"{key}.class_path" for s in settings) or any(map(names_class, given)):
+        return []
+    return [
+        f"{s.where}: {key}: {' and '.join(map(str, s.value)) or 'nothing'} without class_path; "
+        "name the class, like torch.optim.AdamW"
+        for s in given
+        if isinstance(s.value, dict)
+    ]
 
 
 def asks_for_help(args: list[str]) -> bool:
@@ -161,70 +205,14 @@ def asks_for_help(args: list[str]) -> bool:
     return any(NO_RUN.fullmatch(arg.split("=")[0]) for arg in args)
 
 
-def with_key(message: str) -> str:
-    """Reduce jsonargparse's report to the key it speaks of, and what is wrong with it."""
-    key = re.search(r'(?:Parser key|key|argument) "?(?:--)?([\w.]+)', message)
-    told = innermost(message)
-    return f"{key[1].replace('.init_args', '')}: {told}" if key and key[1] not in told else told
-
-
 def _not_a_section(setting: Setting) -> list[str]:
-    try:
-        value = yaml.safe_load(setting.value) if setting.from_flag else setting.value
-    except Exception:  # 2024-99-99 makes PyYAML raise whatever comes
-        value = setting.value
+    value = plain(setting)
     if isinstance(value, dict):
         return []
     return [
         f"{_where(setting)}: {setting.key}: a mapping of keys is wanted, got {value!r:.60}; "
         f"as flags, set its keys: --{setting.key}.<key>"
     ]
-
-
-def innermost(message: str, cls: type | None = None, name: str = "") -> str:
-    """Reduce jsonargparse's nested report to the line that tells the user what is wrong."""
-    not_accepted = re.findall(
-        r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected", message
-    )
-    if not_accepted:
-        option = not_accepted[-1][0] or not_accepted[-1][1]
-        known = _inner_options(cls, name) if cls else []
-        return f"unknown option '{option}'{nearest(option.split('.')[-1], known)}"
-    lines = [line.strip(" -") for line in message.splitlines()]
-    telling = [
-        line
-        for line in lines
-        if re.match(r"(Expected|Invalid|Unexpected|Unable|Import|Problem)", line)
-    ]
-    telling = [
-        line
-        for line in telling
-        if "NoneType" not in line and not line.startswith("Problem with given class")
-    ]
-    given = [line for line in lines if line.startswith("Given value:") and "NestedArg" not in line]
-    told = "; ".join(dict.fromkeys(telling)) or " ".join(" ".join(lines).split())
-    told = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", told)
-    told = told.replace("Expected a int", "Expected an int")
-    told = re.sub(r"(?:typing|collections\.abc)\.", "", told)
-    return told + (
-        f" ({given[-1]})" if given and "Got value" not in told and "got" not in told else ""
-    )
-
-
-def _inner_options(cls: type, name: str) -> list[str]:
-    if name == "lora":
-        from peft import LoraConfig
-
-        return list(inspect.signature(LoraConfig).parameters)
-    if name == "sources":
-        from fine_tune.data.sources import Source
-
-        return list(inspect.signature(Source).parameters)
-    if name == "optimizer":
-        from torch.optim import AdamW
-
-        return list(inspect.signature(AdamW).parameters)
-    return list(inspect.signature(cls).parameters)
 
 
 def _names(parser: ArgumentParser) -> list[str]:

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from fine_tune.errors import UserError
 
 CLASS_SECTIONS = ("model", "data")  # their options stand under init_args
 NO_WORD = "YAML: a key must be a word, not a list or a mapping"
 MOST_VALUES, DEEPEST = 10_000, 50
+
+
+class Loader(yaml.SafeLoader):
+    """Reads 1e3 as a number and 2024-01-01 as a text, as jsonargparse will."""
+
+    yaml_implicit_resolvers = get_yaml_default_loader().yaml_implicit_resolvers
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ def read_yaml(file: str) -> tuple[list[Setting], list[str]]:
     except UnicodeDecodeError:
         return [], [f"--config: '{file}' is not UTF-8 text"]
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else file
@@ -72,19 +79,17 @@ def _walk(
         if key in seen:
             problems.append(f"{where}: duplicate key '{key}' (first in line {seen[key]})")
         seen[key] = key_node.start_mark.line + 1
-        path = prefix if key == "init_args" and depth == 1 else f"{prefix}{key}"
-        opens = depth == 0 or (
-            depth == 1 and key == "init_args" and prefix.rstrip(".") in CLASS_SECTIONS
-        )
-        if opens and isinstance(value_node, yaml.MappingNode):
-            inner = path if key == "init_args" else f"{path}."
+        of_class = key == "init_args" and depth == 1 and prefix.rstrip(".") in CLASS_SECTIONS
+        path = prefix if of_class else f"{prefix}{key}"
+        if (depth == 0 or of_class) and isinstance(value_node, yaml.MappingNode):
+            inner = path if of_class else f"{path}."
             yield from _walk(value_node, inner, file, problems, depth + 1)
             continue
         wrong = list(_problems_inside(value_node, file))
         if not wrong:
             try:
-                value = yaml.SafeLoader("").construct_document(value_node)
-            except Exception as error:  # 2024-99-99 and 0x_ make PyYAML raise whatever comes
+                value = Loader("").construct_document(value_node)
+            except Exception as error:  # 0x_ and !!timestamp x make PyYAML raise whatever comes
                 wrong = [f"{where}: YAML: {_told(error)}"]
         if wrong:
             problems += wrong
@@ -131,10 +136,10 @@ def flag_problems(setting: Setting) -> list[str]:
     if not setting.value.lstrip().startswith(("{", "[", "&", "!")):
         return []
     try:
-        node = yaml.compose(setting.value, Loader=yaml.SafeLoader)
+        node = yaml.compose(setting.value, Loader=Loader)
         problems = list(_problems_inside(node, "value")) if node is not None else []
         if not problems:
-            yaml.SafeLoader("").construct_document(node)
+            Loader("").construct_document(node)
     except yaml.YAMLError:
         return []  # a text, then
     except Exception as error:
@@ -144,13 +149,23 @@ def flag_problems(setting: Setting) -> list[str]:
     ]
 
 
+def plain(setting: Setting) -> Any:
+    """Return a setting's value, a flag's read as the YAML it is."""
+    if not setting.from_flag:
+        return setting.value
+    try:
+        return yaml.load(setting.value, Loader=Loader)
+    except Exception:  # 0x_ and !!timestamp x make PyYAML raise whatever comes
+        return setting.value
+
+
 def split_flags(args: list[str]) -> tuple[list[Setting], list[str]]:
     """Read the flags behind a verb into settings, and name the YAML files among them."""
     flags, files, i = [], [], 0
     while i < len(args):
         arg = args[i]
         if not arg.startswith("-"):
-            raise UserError(f"'{arg}': a flag was expected here, like --data.batch_size 8")
+            raise UserError(f"{arg[:120]!r}: a flag was expected here, like --data.batch_size 8")
         name, equals, value = arg.partition("=")
         if not equals:
             i += 1

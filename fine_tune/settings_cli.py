@@ -14,14 +14,10 @@ from fine_tune.callbacks.generations import Generations
 from fine_tune.callbacks.precision_fallback import PrecisionFallback
 from fine_tune.callbacks.stop_signals import StopRequest
 from fine_tune.callbacks.vram_guard import VRAMGuard
-from fine_tune.config_check import (
-    asks_for_help,
-    check_settings,
-    innermost,
-    with_key,
-)
+from fine_tune.config_check import asks_for_help, check_settings
 from fine_tune.errors import UserError, nearest
 from fine_tune.exits import user_error_behind
+from fine_tune.parser_reports import innermost, with_key
 from fine_tune.runs.run_folder import LOGS, check_name
 from fine_tune.saved_config import RunConfig
 from fine_tune.settings import take_templates

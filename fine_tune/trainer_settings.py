@@ -29,6 +29,7 @@ OURS_NOT_TRAINERS = {
     ),
     "use_distributed_sampler": (True, "rows are spread over processes by the data module"),
 }
+MOST_DEVICES = 1_024  # of one machine; Lightning makes a list as long as the number given
 
 
 def trainer_problems(trainer: Namespace) -> list[str]:
@@ -50,6 +51,8 @@ def trainer_problems(trainer: Namespace) -> list[str]:
         problems.append(
             f"trainer.gradient_clip_val: must not be negative, got {trainer.gradient_clip_val}"
         )
+    if str(trainer.devices).isdecimal() and int(trainer.devices) > MOST_DEVICES:
+        problems.append(f"trainer.devices: must be at most {MOST_DEVICES:,}, got {trainer.devices}")
     if not isinstance(trainer.val_check_interval, int | float | None):
         problems.append(
             "trainer.val_check_interval: give optimizer steps, or a share of a data epoch"

@@ -67,8 +67,11 @@ def fingerprint(source: Source) -> str:
             digest.update(
                 str(file.relative_to(path)).encode() if file != Path(path) else file.suffix.encode()
             )
-            with open(file, "rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
+            try:
+                with open(file, "rb") as handle:
+                    digest.update(hashlib.file_digest(handle, "sha256").digest())
+            except OSError as error:
+                raise UserError(f"data.path: {file} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -221,8 +224,11 @@ def _exists(path: str) -> bool:
         )
     try:
         path.encode()
-        return Path(path).exists()
+        found = Path(path).exists()
     except OSError as error:
         raise UserError(f"data.path: '{path[:60]}' cannot be read: {error.strerror}") from error
     except UnicodeEncodeError as error:
         raise UserError(f"data.path: {path!r}: the name is not UTF-8; rename it") from error
+    if found and Path(path).resolve() == Path("/"):
+        raise UserError(f"data.path: '{path}' is the whole file system; give a file or a folder")
+    return found

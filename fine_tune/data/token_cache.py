@@ -67,10 +67,9 @@ class TokenCache:
         self.folder, self.tokens, self.tests = folder, folder / "tokens", folder / "test_splits"
         try:
             self.tokens.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"data.cache_dir: '{self.tokens}' cannot be made: {error.strerror}"
-            ) from error
+        except (OSError, ValueError) as error:  # the latter for a zero byte
+            told = getattr(error, "strerror", None) or error
+            raise UserError(f"data.cache_dir: '{self.tokens}' cannot be made: {told}") from error
         state = (
             tokenizer.backend_tokenizer.to_str()
             if tokenizer.is_fast

@@ -30,6 +30,7 @@ from harness import REPOSITORY, TOKENIZER
 
 from fine_tune.data import SFTData
 from fine_tune.exits import exit_code
+from fine_tune.quiet import quiet_libraries
 from fine_tune.settings_cli import PreparedCLI, prepare_as_fit
 
 SECONDS = 60
@@ -237,6 +238,7 @@ def main() -> int:
     parser.add_argument("--kinds", default="config flags data")
     parser.add_argument("--processes", type=int, default=0)
     asked = parser.parse_args()
+    quiet_libraries()  # as the command line does
 
     def say(line: str) -> None:
         print(line.encode("utf-8", "backslashreplace").decode(), flush=True)

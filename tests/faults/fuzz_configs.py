@@ -3,10 +3,11 @@
 import json
 import math
 import random
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from small_models import save_small_model
@@ -369,13 +370,22 @@ def mutated_flags(base: Base, rng: random.Random) -> tuple[bytes, list[str], str
 # ---- what became of what was given
 
 
+class Reader(yaml.SafeLoader):
+    """A plain reader, to which a date is the text it is written with."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        letter: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def unfaithful_settings(text: bytes, args: list[str], run: Any) -> list[str]:
     """Compare every key of a YAML that was accepted with the settings of the run it made."""
     if args.count("--config") != 1 or len(args) > 2:
         return _unfaithful_flags(args, run)
     try:
         root = yaml.compose(text.decode("utf-8-sig"), yaml.SafeLoader)
-        given = yaml.safe_load(text.decode("utf-8-sig"))
+        given = yaml.load(text.decode("utf-8-sig"), Reader)
     except Exception as error:  # whatever the independent reader cannot read
         return [f"accepted, but the plain reader says {type(error).__name__}"]
     wrong = [f"duplicate key accepted: {key}" for key in _duplicates(root)]
@@ -415,7 +425,8 @@ def _unfaithful_flags(args: list[str], run: Any) -> list[str]:
                 wrong.append(f"--{name}={value:.60} is nowhere in the settings")
             continue
         try:
-            read = yaml.safe_load(value)
+            zeros = re.fullmatch(r"[+-]?0\d+", value)  # a flag is no YAML 1.1: 017 is seventeen
+            read = int(value) if zeros else yaml.load(value, Reader)
         except Exception:
             read = value
         chosen = {"data.cache_dir", "trainer.precision", *run.chosen}
@@ -455,8 +466,6 @@ def _differences(given: Any, got: Any, key: str, chosen: set[str]) -> list[str]:
             return [f"{key}: {given!r:.80} became {got!r:.80}"]
         pairs = enumerate(zip(given, got, strict=True))
         return [w for i, (a, b) in pairs for w in _differences(a, b, f"{key}.{i}", chosen)]
-    if got is None and given in ("null", "~"):  # jsonargparse takes these texts for null
-        return []
     if key == "seed_everything" and given is True:  # Lightning chooses a seed and notes it
         return []
     if given is None and (got is None or key in chosen):

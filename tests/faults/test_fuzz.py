@@ -14,6 +14,7 @@ from harness import TOKENIZER, CommandLine, Outcome
 from fine_tune.data import SFTData
 from fine_tune.errors import UserError, printable
 from fine_tune.settings import read_yaml
+from fine_tune.settings_cli import prepare_as_fit
 
 
 def test_a_short_fuzz_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +43,6 @@ def refused(outcome: Outcome, *messages: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: 2024-99-99", "1: YAML: no such value (month must be in 1..12)"),
         ("name: 0x_", "1: YAML: no such value"),
         ("name: !!timestamp x", "1: YAML: no such value"),
         ("name: &a {b: *a}", "1: YAML: an anchor that holds itself"),
@@ -86,6 +86,16 @@ def test_aliases_that_multiply(tmp_path: Path) -> None:
         (["--name", "help", "--no_such", "1"], "unknown flag '--no_such'"),
         (["--model.tokenizer", "*odd"], "model.tokenizer: '*odd' is no folder, and no hub name"),
         (["--model.tokenizer", "x" * 300], "cannot be read: File name too long"),
+        (['--trainer={"a": {"b": 1}}'], "--trainer: unknown key 'a' of Trainer"),
+        (
+            ['--early_stopping={"min_delta": null}'],
+            "early_stopping.min_delta: null is not possible",
+        ),
+        (["--trainer.devices", str(2**63)], "trainer.devices: must be at most 1,024"),
+        (["--model.lora.target_modules", "a[b"], "model.lora.target_modules: 'a[b' is no regular"),
+        (["--data.path", "/"], "data.path: '/' is the whole file system"),
+        (["x" * 5000], f"error: '{'x' * 120}': a flag was expected here"),
+        (["|\n  a\n"], r"error: '|\n  a\n': a flag was expected here"),
     ],
 )
 def test_flags_that_were_not_refused_cleanly(
@@ -109,6 +119,62 @@ def test_a_section_that_is_no_mapping(
         command_line("fit", "--config", tmp_path / "wrong.yaml", *fit_args),
         "wrong.yaml:1: generations: a mapping of keys is wanted",
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("name: null", "name: null is not possible here; leave the key out for its default, 'run'"),
+        ("seed_everything: null", "seed_everything: null is not possible here"),
+        ("early_stopping: {min_delta: null}", "early_stopping.min_delta: null is not possible"),
+        ("targets: '{}'", "targets: '{}' is a text; to mean {}, leave the quotes out"),
+        ("ckpt_path: 'null'", "ckpt_path: 'null' is a text; to mean null, leave the quotes out"),
+        ("trainer: {deterministic: 'yes'}", "trainer.deterministic: 'yes' is a text; to mean yes"),
+        ("trainer: {plugins: '{}'}", "trainer.plugins: '{}' is a text"),
+        ("data: {init_args: {cache_dir: 'null'}}", "data.cache_dir: 'null' is a text"),
+        ("data: {init_args: {batch_size: 'null'}}", "data.batch_size: 'null' is a text"),
+        (
+            'data: {class_path: SFTData, init_args: {cache_dir: "a\\0b"}}',
+            r"data.cache_dir: 'a\x00b/tokens' cannot be made",
+        ),
+        ("model: {init_args: {gradient_checkpointing: '~'}}", "gradient_checkpointing: '~' is a"),
+        ("model: {init_args: {lora: {use_rslora: 'no'}}}", "model.lora: 'no' is a text"),
+        ("model: {init_args: {lora: {target_modules: 1e3}}}", "model.lora: Expected a"),
+        ("model: {init_args: {optimizer: {init_args: {lr: 1}}}}", "init_args without class_path"),
+        ("model: {init_args: {optimizer: {lr: 1}}}", "model.optimizer: lr without class_path"),
+        ("model: {class_path: ../x}", "'../x' is not a LightningModule"),
+        ("checkpoint: {init_args: {lr: 1}}", "unknown key 'init_args' of Checkpoints"),
+        ("trainer: {init_args: {optimizer: {lr: 1}}}", "unknown key 'init_args' of Trainer"),
+    ],
+)
+def test_values_taken_for_others_or_dropped(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, line: str, message: str
+) -> None:
+    (tmp_path / "wrong.yaml").write_text(f"{line}\n")
+    refused(command_line("fit", "--config", tmp_path / "wrong.yaml", *fit_args), message)
+
+
+def test_a_date_is_a_text_and_a_second_file_may_name_the_class(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("a\nb\n")
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    sizes = "{model_type: llama, hidden_size: 16, num_attention_heads: 2, num_hidden_layers: 1}"
+    first.write_text(
+        f"""\
+name: 2024-01-01
+model:
+  class_path: fine_tune.modules.SFT
+  init_args: {{from_config: {sizes}, tokenizer: {TOKENIZER}, optimizer: {{init_args: {{lr: 0.5}}}}}}
+data:
+  class_path: fine_tune.data.SFTData
+  init_args: {{path: {tmp_path / "rows.txt"}, split: none}}
+trainer: {{default_root_dir: {tmp_path}, accelerator: cpu}}
+"""
+    )
+    second.write_text("model: {init_args: {optimizer: {class_path: torch.optim.SGD}}}\n")
+    settings = prepare_as_fit(["--config", str(first), "--config", str(second)]).settings
+    assert settings.name == "2024-01-01"
+    assert settings.model.init_args.optimizer.class_path == "torch.optim.SGD"
+    assert settings.model.init_args.optimizer.init_args.lr == 0.5
 
 
 def test_messages_hold_no_control_characters_and_no_screens() -> None:
