@@ -8,6 +8,8 @@ the position in the data is a computation, so the time must not grow.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import platform
 import shutil
@@ -23,7 +25,6 @@ from typing import Any
 import torch
 from checkpoint_stall import MODEL, save_small_model
 from lightning.pytorch import Callback
-from torch.utils import tensorboard
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
@@ -31,13 +32,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.models.llama import modeling_llama
 
-from fine_tune import cli, data, modules
 from fine_tune.__main__ import main as fine_tune
 from fine_tune.runs.checkpoint import TRAINING_STATE, read_manifest, read_state, write_checkpoint
 
-IMPORTED = (cli, data, modules, modeling_llama, tensorboard)  # by name only when a run needs them
 NEAR, FAR = 100, 100_000
 ROWS = 1000
 
@@ -151,7 +149,19 @@ class Peer:
 
 
 def leg(name: str, root: Path) -> float:
-    """Resume once, in this process, and return the seconds."""
+    """Resume once, in this process, and return the seconds; what the first such process imports, later ones have."""
+    imports = root / f"{name}.imports"
+    for module in imports.read_text().split() if imports.exists() else []:
+        with contextlib.suppress(ImportError):  # made at run time, not by an import
+            importlib.import_module(module)
+    before = set(sys.modules)
+    seconds = _resume(name, root)
+    if not imports.exists():
+        imports.write_text("\n".join(sorted(set(sys.modules) - before)))
+    return seconds
+
+
+def _resume(name: str, root: Path) -> float:
     if name == "peer":
         peer = Peer(root)
         return seconds_until_reached(lambda: peer.train(FAR + NEAR, PeerEndAfter(), resume=True))
@@ -161,7 +171,7 @@ def leg(name: str, root: Path) -> float:
 
 
 def measured(name: str, root: Path) -> float:
-    """Resume once, in a process of its own that has imported everything first."""
+    """Resume once, in a process of its own."""
     command = [sys.executable, __file__, "--leg", name, "--root", str(root)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(ended.stdout.strip().splitlines()[-1])
@@ -177,6 +187,8 @@ def compare(pairs: int, root: Path) -> None:
     advanced(next((run / "checkpoints").glob(f"*step={NEAR}")), root)
     Peer(root).train(NEAR, resume=False)
     seconds: dict[str, list[float]] = {"peer": [], "ours": [], "far": []}
+    for name in seconds:
+        measured(name, root)  # notes what is imported on the way
     for pair in range(pairs):
         for name in ("peer", "ours", "far")[:: 1 if pair % 2 == 0 else -1]:
             seconds[name].append(measured(name, root))
