@@ -81,8 +81,8 @@ class FineTuneCLI(SettingsCLI):
         return self._run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        # With several processes all must agree on the checkpoint, so its hashes are compared before they start.
-        hashes = check_trainer(self.settings.trainer) > 1 or self._found_damage
+        # With several processes all must agree on the checkpoint, so its files are compared before they start.
+        at_once = check_trainer(self.settings.trainer) > 1 or self._found_damage
         if is_first_process():
             check_writable(self.root)
         self.check_before_weights()
@@ -92,7 +92,7 @@ class FineTuneCLI(SettingsCLI):
             name=self.settings.name,
             root=self.root,
             configs=[str(config) for config in self.settings.config or []],
-            hashes=hashes,
+            at_once=at_once,
         )
         self._check_same_run()
         run = claim(self.place, self.settings.name, self.root)
@@ -119,8 +119,7 @@ class FineTuneCLI(SettingsCLI):
             plugins=[
                 *_listed(given.plugins),
                 FolderCheckpointIO(
-                    with_identity(self.model.export, self.identity),
-                    checked=self.place.checkpoint if hashes else None,
+                    with_identity(self.model.export, self.identity), self.place.check
                 ),
             ],
             **kwargs,

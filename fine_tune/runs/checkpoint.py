@@ -63,26 +63,60 @@ def write_checkpoint(
     return size
 
 
-def read_state(folder: Path, *, checked: bool = False) -> dict[str, Any]:
+class WholeCheck:
+    """``check_whole`` in a thread of its own, while the run is built.
+
+    Args:
+        folder: The checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        with_one = ThreadPoolExecutor(1, "whole-check")
+        self._checking = with_one.submit(check_whole, folder)
+        with_one.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return once it has passed; raises what ``check_whole`` does."""
+        self._checking.result()
+
+
+def begin_check(folder: Path, *, at_once: bool) -> WholeCheck:
+    """Look whether a checkpoint has all its files, and begin to compare their content.
+
+    Args:
+        folder: The checkpoint.
+        at_once: Wait for it.
+
+    Raises:
+        UserError: Names the file that is missing or, if it was waited for, whose content changed.
+    """
+    check_whole(folder, hashes=False)
+    check = WholeCheck(folder)
+    if at_once:
+        check.wait()
+    return check
+
+
+def read_state(folder: Path, check: WholeCheck | None = None) -> dict[str, Any]:
     """Read the training state of a whole checkpoint; the weights follow from its ``folder``.
 
     Args:
         folder: The checkpoint.
-        checked: Whether ``check_whole`` has just passed; else it runs beside the reading.
+        check: The check of this folder, if it has begun; else it begins here.
 
     Raises:
         UserError: It is not a checkpoint folder, or a file in it is missing or changed.
     """
-    if not checked:
+    if check is None:
         finish_replacement(folder)
-    with ThreadPoolExecutor(1) as threads:
-        checking = threads.submit(check_whole, folder, hashes=not checked)
-        try:
-            state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
-        except Exception:
-            checking.result()  # says it better
-            raise
-        checking.result()
+        check = WholeCheck(folder)
+    try:
+        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+    except Exception:
+        check.wait()  # says it better
+        raise
+    check.wait()
     return {**state, "state_dict": {}, "folder": str(folder)}
 
 

@@ -40,11 +40,11 @@ class FolderCheckpointIO(CheckpointIO):
 
     Args:
         export: Writes the model's files into a folder, given the trained weights.
-        checked: A checkpoint whose hashes have just been verified; its first load does not repeat it.
+        check: Of the checkpoint that is loaded first.
     """
 
-    def __init__(self, export: folders.Export, *, checked: Path | None = None) -> None:
-        self.export, self._checked = export, checked
+    def __init__(self, export: folders.Export, check: folders.WholeCheck | None = None) -> None:
+        self.export, self._check = export, check
         self._snapshot = Snapshot()
         self._threads: futures.ThreadPoolExecutor | None = None
         self._writing: futures.Future[None] | None = None
@@ -105,8 +105,9 @@ class FolderCheckpointIO(CheckpointIO):
             UserError: It is not a checkpoint folder, a file in it is missing or changed, or the last save failed.
         """
         self.wait()
-        checked, self._checked = Path(path) == self._checked, None
-        return folders.read_state(Path(path), checked=checked)
+        check, self._check = self._check, None
+        begun = check is not None and check.folder == Path(path).resolve()
+        return folders.read_state(Path(path), check if begun else None)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint folder."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fine_tune.errors import UserError
 from fine_tune.runs import run_folder as runs
-from fine_tune.runs.checkpoint import check_whole, finish_replacement, global_step
+from fine_tune.runs.checkpoint import WholeCheck, begin_check, finish_replacement, global_step
 from fine_tune.runs.stored_checkpoints import newest_whole, stored
 
 RUN_VARIABLE = (
@@ -23,11 +23,13 @@ class Place:
         run: The run folder to go on in; None: a new version.
         checkpoint: The checkpoint to start from; None: none.
         notes: What the user must know: which checkpoint was refused, and which is used instead.
+        check: Compares the checkpoint's files with its manifest, from now on or since before.
     """
 
     run: runs.RunFolder | None
     checkpoint: Path | None
     notes: list[str] = field(default_factory=list)
+    check: WholeCheck | None = None
 
     @property
     def step(self) -> int:
@@ -42,7 +44,7 @@ def find_place(
     name: str,
     root: Path,
     configs: list[str],
-    hashes: bool = True,
+    at_once: bool = True,
 ) -> Place:
     """Resolve ``best``, ``last`` or a path; for the first two a damaged checkpoint is passed over.
 
@@ -55,7 +57,7 @@ def find_place(
         name: The run's name.
         root: Folder that holds ``lightning_logs``.
         configs: YAML files of the command line; one inside a run folder names that run.
-        hashes: Compare the content of the checkpoint's files with its manifest now, and not when they are read.
+        at_once: Wait until the checkpoint's files are compared with its manifest; else damage shows when it is read.
 
     Raises:
         UserError: No such checkpoint, a damaged one, or several runs it could be.
@@ -66,7 +68,7 @@ def find_place(
             return Place(None, None)
         ckpt_path = "best"  # the config of a run means the run
     if ckpt_path not in ("best", "last"):
-        return _place_of_path(verb, Path(ckpt_path), hashes)
+        return _place_of_path(verb, Path(ckpt_path), at_once)
     own = runs.run_of_config(configs)
     if not is_first_process() and RUN_VARIABLE in os.environ:
         own = runs.RunFolder(Path(os.environ[RUN_VARIABLE]))
@@ -74,8 +76,8 @@ def find_place(
         own = runs.unfinished_version(root, name)
     if own is None:
         own = runs.newest_with_checkpoint(root, name, ckpt_path)
-    checkpoint, notes = newest_whole(own, ckpt_path, hashes=hashes)
-    return _place(verb, own, checkpoint, is_last=ckpt_path == "last", notes=notes)
+    checkpoint, notes, check = newest_whole(own, ckpt_path, at_once=at_once)
+    return _place(verb, own, checkpoint, check, is_last=ckpt_path == "last", notes=notes)
 
 
 def claim(place: Place, name: str, root: Path) -> runs.RunFolder:
@@ -116,21 +118,22 @@ def is_first_process() -> bool:
     return next((rank for rank in ranks if rank), "0") == "0"
 
 
-def _place_of_path(verb: str, checkpoint: Path, hashes: bool) -> Place:
+def _place_of_path(verb: str, checkpoint: Path, at_once: bool) -> Place:
     finish_replacement(checkpoint)
     if not checkpoint.is_dir():
         folders = (p for p in checkpoint.parent.glob("*") if p.is_dir() and p.name[0] != ".")
         beside = sorted(p.name for p in folders)
         listed = f"; there are {', '.join(beside)}" if beside else ""
         raise UserError(f"ckpt_path: '{checkpoint}' does not exist{listed}; or give best or last")
-    check_whole(checkpoint, hashes=hashes)
-    return _place(verb, runs.RunFolder(checkpoint.resolve().parent.parent), checkpoint)
+    check = begin_check(checkpoint, at_once=at_once)
+    return _place(verb, runs.RunFolder(checkpoint.resolve().parent.parent), checkpoint, check)
 
 
 def _place(
     verb: str,
     run: runs.RunFolder,
     checkpoint: Path,
+    check: WholeCheck,
     *,
     is_last: bool = False,
     notes: list[str] | None = None,
@@ -138,4 +141,4 @@ def _place(
     newest = [run.checkpoints / found["name"] for found in stored(run)[:1]]
     is_last = is_last or [path.resolve() for path in newest] == [checkpoint.resolve()]
     continues = bool(run.read()) and (verb != "fit" or is_last)
-    return Place(run if continues else None, checkpoint.resolve(), notes or [])
+    return Place(run if continues else None, checkpoint.resolve(), notes or [], check)

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fine_tune.errors import UserError
-from fine_tune.runs.checkpoint import check_whole, finish_replacement, read_manifest
+from fine_tune.runs.checkpoint import (
+    WholeCheck,
+    begin_check,
+    finish_replacement,
+    read_manifest,
+)
 from fine_tune.runs.run_folder import RunFolder
 
 NAME = re.compile(r"epoch=[\d.]+-step=(\d+)")
@@ -45,16 +50,18 @@ def ranked(checkpoints: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]
     return sorted(scored, key=lambda c: (sign * float(c["score"]), c["step"]))
 
 
-def newest_whole(run: RunFolder, which: str, *, hashes: bool = True) -> tuple[Path, list[str]]:
+def newest_whole(
+    run: RunFolder, which: str, *, at_once: bool = True
+) -> tuple[Path, list[str], WholeCheck]:
     """Find the ``best`` or ``last`` checkpoint that is whole.
 
     Args:
         run: The run.
         which: ``best`` or ``last``.
-        hashes: See ``check_whole``.
+        at_once: Wait for its check; else damage shows when it is read.
 
     Returns:
-        Its folder, and a line for each better or newer one that was refused, and why.
+        Its folder, a line for each better or newer one that was refused, and why, and its check.
 
     Raises:
         UserError: None is whole; each is named with what is wrong with it.
@@ -67,12 +74,12 @@ def newest_whole(run: RunFolder, which: str, *, hashes: bool = True) -> tuple[Pa
     for candidate in candidates:
         folder = run.checkpoints / candidate["name"]
         try:
-            check_whole(folder, hashes=hashes)
+            check = begin_check(folder, at_once=at_once)
         except UserError as error:
             refused += error.problems
             continue
         taken = f"{which}: using '{folder}' (step {candidate['step']}) instead"
-        return folder, [*refused, taken] if refused else []
+        return folder, [*refused, taken] if refused else [], check
     raise UserError(*refused or [f"ckpt_path: {run.path} has no {which} checkpoint"])
 
 

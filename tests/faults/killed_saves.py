@@ -30,8 +30,8 @@ def main(root: Path) -> None:
                 save(run, 2)
             os._exit(0)
         passed = os.waitpid(child, 0)[1] == 0
-        last, _ = newest_whole(run, "last")
-        best, _ = newest_whole(run, "best")
+        last, *_ = newest_whole(run, "last")
+        best, *_ = newest_whole(run, "best")
         line = {"n": n, "passed": passed, "last": step_of(last), "best": step_of(best)}
         remove_leftovers(run.checkpoints)
         save(run, 3)  # the next start goes on
