@@ -24,6 +24,22 @@ class SFTBatch(TypedDict):
     row_ids: list[int]
 
 
+class PreferenceBatch(TypedDict):
+    """All pairs of one optimizer step on this rank, longest first, padded on the right.
+
+    A row of ``input_ids_BT`` holds a prompt, the chosen answer and the rejected answer, one after the other;
+    ``labels_BT`` is aligned with it, not shifted. The first ``num_prompt`` tokens are the prompt's, the next
+    ``num_chosen`` those of the chosen answer; ``lengths`` counts all three.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    lengths: list[int]
+    num_prompt: list[int]
+    num_chosen: list[int]
+    row_ids: list[int]
+
+
 @dataclass(frozen=True)
 class Choice:
     """A setting the user left open, the value a rule gives it, and why."""
@@ -40,7 +56,7 @@ class DataPlan:
         num_rows: Rows kept per split.
         num_tokens: Tokens per split (one pass, no padding).
         num_supervised: Tokens that carry loss, per split (one pass).
-        longest_row: Tokens of the longest row per split.
+        longest_row: Tokens of the longest row per split; of a pair, of its prompt with its longer answer.
         max_length: Tokens a row may have; longer rows were truncated by policy.
         batch_size: Rows per optimizer step over all ranks.
         max_tokens_per_micro_batch: Padded tokens per forward pass on one device; None means the whole step at once.

@@ -54,3 +54,77 @@ def nll_per_token(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 def _wide(logits_NV: Tensor) -> Tensor:
     return logits_NV.float() if logits_NV.dtype in (torch.float16, torch.bfloat16) else logits_NV
+
+
+# ---- preferences: one loss per pair, from the log-probabilities of its answers under policy and reference
+
+
+def sigmoid_loss(
+    chosen_B: Tensor, rejected_B: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """DPO (arXiv 2305.18290, eq. 7); with ``label_smoothing`` the share of pairs labelled wrongly, cDPO.
+
+    ``-(1 - e) log sigmoid(beta (c - r)) - e log sigmoid(-beta (c - r))``
+
+    Args:
+        chosen_B: log policy over reference of the chosen answers.
+        rejected_B: The same of the rejected ones.
+        beta: How strongly the policy is held to the reference.
+        label_smoothing: e, from 0 up to 0.5.
+    """
+    margin_B = beta * (chosen_B - rejected_B)
+    flipped_B = label_smoothing * F.logsigmoid(-margin_B)
+    return -(1 - label_smoothing) * F.logsigmoid(margin_B) - flipped_B
+
+
+def robust_loss(
+    chosen_B: Tensor, rejected_B: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """Robust DPO (arXiv 2403.00409, eq. 12): DPO's loss, unbiased under labels flipped at the rate e."""
+    margin_B = beta * (chosen_B - rejected_B)
+    kept_B = -(1 - label_smoothing) * F.logsigmoid(margin_B)
+    return (kept_B + label_smoothing * F.logsigmoid(-margin_B)) / (1 - 2 * label_smoothing)
+
+
+def hinge_loss(chosen_B: Tensor, rejected_B: Tensor, *, beta: float) -> Tensor:
+    """SLiC's hinge on DPO's margin (arXiv 2305.10425, 2309.06657): ``max(0, 1 - beta (c - r))``."""
+    return torch.relu(1 - beta * (chosen_B - rejected_B))
+
+
+def ipo_loss(chosen_mean_B: Tensor, rejected_mean_B: Tensor, *, beta: float) -> Tensor:
+    """IPO (arXiv 2310.12036, eq. 17): ``(c - r - 1 / (2 beta))^2`` of log ratios per token, as its authors ran it."""
+    return (chosen_mean_B - rejected_mean_B - 1 / (2 * beta)) ** 2
+
+
+def apo_zero_loss(chosen_B: Tensor, rejected_B: Tensor, *, beta: float) -> Tensor:
+    """APO-zero (arXiv 2408.06266, eq. 7): ``1 - sigmoid(beta c) + sigmoid(beta r)``."""
+    return 1 - torch.sigmoid(beta * chosen_B) + torch.sigmoid(beta * rejected_B)
+
+
+def apo_down_loss(chosen_B: Tensor, rejected_B: Tensor, *, beta: float) -> Tensor:
+    """APO-down (arXiv 2408.06266, eq. 8): ``sigmoid(beta c) + 1 - sigmoid(beta (c - r))``."""
+    return torch.sigmoid(beta * chosen_B) + 1 - torch.sigmoid(beta * (chosen_B - rejected_B))
+
+
+def simpo_loss(
+    chosen_mean_B: Tensor, rejected_mean_B: Tensor, *, beta: float, margin: float
+) -> Tensor:
+    """SimPO (arXiv 2405.14734, eq. 6): ``-log sigmoid(beta (c - r) - margin)`` of log-probabilities per token."""
+    return -F.logsigmoid(beta * (chosen_mean_B - rejected_mean_B) - margin)
+
+
+def orpo_loss(chosen_mean_B: Tensor, rejected_mean_B: Tensor, *, beta: float) -> Tensor:
+    """ORPO (arXiv 2403.07691, eq. 6 and 7): NLL per token of the chosen answer, and beta times the odds-ratio loss.
+
+    ``-c - beta log sigmoid(log odds(c) - log odds(r))`` with ``log odds(c) = c - log(1 - exp(c))``, c and r
+    log-probabilities per token.
+    """
+    odds_B = chosen_mean_B - rejected_mean_B
+    odds_B = odds_B - (_log1mexp(chosen_mean_B) - _log1mexp(rejected_mean_B))
+    return -chosen_mean_B - beta * F.logsigmoid(odds_B)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for x below 0, kept finite at 0."""
+    x = x.clamp(max=-1e-7)
+    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

@@ -188,7 +188,7 @@ def take_templates(args: list[str]) -> tuple[list[str], dict[str, str | None]]:
     while i < len(args):
         name, equals, value = args[i].partition("=")
         key = name.replace(".init_args.", ".").removeprefix("--data.")
-        if name.startswith("--data.") and key in ("prompt", "completion"):
+        if name.startswith("--data.") and key in ("prompt", "completion", "chosen", "rejected"):
             i += 0 if equals else 1
             value = value if equals else args[i]
             templates[key] = None if value == "null" else value

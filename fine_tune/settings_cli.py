@@ -36,7 +36,6 @@ FORCED_CALLBACKS = {
     "generations": Generations,
 }
 HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
-MONITORED = ("val/loss", "val/perplexity", "val/token_accuracy")
 
 CLI = TypeVar("CLI", bound="SettingsCLI")
 
@@ -133,12 +132,6 @@ class SettingsCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         trainer = self.settings.trainer
         problems = trainer_problems(trainer)
-        for key in ("early_stopping", "checkpoint"):
-            if self.settings[key].monitor not in MONITORED:
-                problems.append(
-                    f"{key}.monitor: '{self.settings[key].monitor}' is not measured"
-                    f"{nearest(self.settings[key].monitor, list(MONITORED)) or '; known: ' + ', '.join(MONITORED)}"
-                )
         if trainer.plugins:
             self.why_precision = "the plugins decide"
         elif trainer.precision is None:
@@ -191,6 +184,12 @@ class SettingsCLI(LightningCLI):
         self.val_check_interval = validation_steps(asked, plan.steps_per_epoch)
         self.chosen = self._take_choices(plan)
         problems = []
+        measured = [f"val/{name}" for name in model.evaluation_metrics]
+        for key in ("early_stopping", "checkpoint"):
+            monitor = self.settings[key].monitor
+            if monitor not in measured:
+                known = nearest(monitor, measured) or f"; known: {', '.join(measured)}"
+                problems.append(f"{key}.monitor: '{monitor}' is not measured{known}")
         if "validation" not in plan.num_rows and self.settings.early_stopping.patience is not None:
             problems.append(
                 "early_stopping.patience: set, but data.split leaves no validation rows to watch; give a validation "

@@ -77,7 +77,7 @@ class Generations(Callback):
         special = set(data.tokenizer.all_special_ids)
         questions, stop_ids = [], {int(data.tokenizer.eos_token_id)}
         for row in rows:
-            prompt_ids, expected_ids = prompt_and_answer(row["input_ids"], row["labels"])
+            prompt_ids, expected_ids = prompt_and_answer(row)
             if expected_ids[-1] in special:
                 stop_ids.add(expected_ids.pop())
             questions.append(
@@ -124,8 +124,13 @@ def _key(answer: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(answer.get(k) for k in ("stage", "row_id", "prompt", "expected", "max_new_tokens"))
 
 
-def prompt_and_answer(input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """Cut a row at its last supervised stretch: what is asked, and what is expected, its stop token included."""
+def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Cut an encoded row at its last supervised stretch: what is asked, and what is expected, its stop token included.
+
+    Of a pair, the chosen answer is expected.
+    """
+    length = row["num_prompt"] + row["num_chosen"] or len(row["input_ids"])
+    input_ids, labels = row["input_ids"][:length], row["labels"][:length]
     end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
     start = end
     while start > 0 and labels[start - 1] != IGNORE_INDEX:

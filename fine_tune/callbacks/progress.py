@@ -70,11 +70,8 @@ class TrainingProgress(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and trainer.is_global_zero and not trainer.sanity_checking:
             values = trainer.callback_metrics
-            shown = "  ".join(
-                f"{name} {float(values[name]):.4g}"
-                for name in ("val/loss", "val/perplexity", "val/token_accuracy")
-                if name in values
-            )
+            measured = [name for name in values if name.startswith("val/")]
+            shown = "  ".join(f"{name} {float(values[name]):.4g}" for name in measured)
             log.info("step %d  %s", trainer.global_step, shown)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

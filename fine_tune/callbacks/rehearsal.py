@@ -117,10 +117,7 @@ def _worst_answers(trainer: Trainer, pl_module: Any, data: Any) -> None:
     if asked is None or asked.rows == 0 or not trainer.is_global_zero:
         return
     rows = data.rows("validation")
-    prompts = [
-        prompt_and_answer(row["input_ids"], row["labels"])[0]
-        for row in rows.select(range(min(asked.rows, len(rows))))
-    ]
+    prompts = [prompt_and_answer(row)[0] for row in rows.select(range(min(asked.rows, len(rows))))]
     longest = max(prompts, key=len)
     pl_module.generate([longest] * min(len(prompts), BATCH_ROWS), min(asked.max_new_tokens, 8), [])
 

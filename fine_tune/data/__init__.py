@@ -1,5 +1,5 @@
 """Data modules, by the names users type."""
 
-from fine_tune.data.datamodules import SFTData
+from fine_tune.data.datamodules import PreferenceData, SFTData
 
-__all__ = ["SFTData"]
+__all__ = ["PreferenceData", "SFTData"]

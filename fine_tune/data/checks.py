@@ -1,6 +1,8 @@
 """What can be wrong with the data module's settings, told before anything is read."""
 
-from fine_tune.data.formats import FormatName
+from dataclasses import replace
+
+from fine_tune.data.formats import PREFERENCE, FormatName
 from fine_tune.data.options import Split
 from fine_tune.data.sources import Source
 from fine_tune.data.split import SPLITS, check_split
@@ -37,6 +39,29 @@ def listed_sources(
     if wrong:
         raise UserError(f"data.sources: the weight of {', '.join(wrong)} must be above 0")
     return sources
+
+
+def pair_sources(
+    path: str | dict[str, str] | None,
+    sources: list[Source] | None,
+    prompt: str | None,
+    chosen: str | None,
+    rejected: str | None,
+    revision: str | None,
+) -> list[Source]:
+    """Return the sources of pairs, given as one path with its settings or as a list.
+
+    Raises:
+        UserError: Both or neither are given, or a weight is not above 0.
+    """
+    if sources is not None and {prompt, chosen, rejected} != {None}:
+        raise UserError(
+            "data.prompt, data.chosen, data.rejected: with data.sources, set them per source"
+        )
+    listed = listed_sources(path, sources, None, None, None, revision)
+    if path is not None:
+        listed = [replace(listed[0], prompt=prompt, chosen=chosen, rejected=rejected)]
+    return [replace(source, format=PREFERENCE) for source in listed]
 
 
 def check_settings(

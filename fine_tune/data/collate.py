@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fine_tune.batches import SFTBatch
+from fine_tune.batches import PreferenceBatch, SFTBatch
 from fine_tune.losses import IGNORE_INDEX, num_supervised_targets
 
 
@@ -21,14 +22,8 @@ class SFTCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> SFTBatch:
-        rows = sorted(rows, key=lambda row: (-len(row["input_ids"]), row["row_id"]))
-        longest = len(rows[0]["input_ids"]) if rows else 0
-        input_ids_BT = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.long)
-        labels_BT = torch.full((len(rows), longest), IGNORE_INDEX, dtype=torch.long)
-        for i, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids_BT[i, :length] = torch.as_tensor(row["input_ids"])
-            labels_BT[i, :length] = torch.as_tensor(row["labels"])
+        rows = longest_first(rows)
+        input_ids_BT, labels_BT = padded(rows, self.pad_token_id)
         return SFTBatch(
             input_ids_BT=input_ids_BT,
             labels_BT=labels_BT,
@@ -36,3 +31,43 @@ class SFTCollator:
             num_supervised=[num_supervised_targets(list(row["labels"])) for row in rows],
             row_ids=[int(row["row_id"]) for row in rows],
         )
+
+
+@dataclass
+class PreferenceCollator:
+    """Turn encoded pairs into one batch.
+
+    Args:
+        pad_token_id: Fills ``input_ids`` behind a row's end.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> PreferenceBatch:
+        rows = longest_first(rows)
+        input_ids_BT, labels_BT = padded(rows, self.pad_token_id)
+        return PreferenceBatch(
+            input_ids_BT=input_ids_BT,
+            labels_BT=labels_BT,
+            lengths=[len(row["input_ids"]) for row in rows],
+            num_prompt=[int(row["num_prompt"]) for row in rows],
+            num_chosen=[int(row["num_chosen"]) for row in rows],
+            row_ids=[int(row["row_id"]) for row in rows],
+        )
+
+
+def longest_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Order rows by their length, the longest first; rows of one length by their ids."""
+    return sorted(rows, key=lambda row: (-len(row["input_ids"]), row["row_id"]))
+
+
+def padded(rows: Sequence[dict[str, Any]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return ``input_ids_BT`` and ``labels_BT`` of rows, the longest first."""
+    longest = len(rows[0]["input_ids"]) if rows else 0
+    input_ids_BT = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
+    labels_BT = torch.full((len(rows), longest), IGNORE_INDEX, dtype=torch.long)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids_BT[i, :length] = torch.as_tensor(row["input_ids"])
+        labels_BT[i, :length] = torch.as_tensor(row["labels"])
+    return input_ids_BT, labels_BT

@@ -4,9 +4,17 @@ Rows are split and compared by them, so that another wording of the template mov
 """
 
 import string
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fine_tune.data.formats import FORMATS, Example, FormatName, Row, Templates, field_text
+from fine_tune.data.formats import (
+    FORMATS,
+    PREFERENCE,
+    Example,
+    Row,
+    Templates,
+    field_text,
+)
+from fine_tune.data.preferences import preference
 
 
 class OwnWords(NamedTuple):
@@ -23,12 +31,14 @@ class OwnWords(NamedTuple):
         return "\n".join(said) or self.answered
 
 
-def own_words(row: Row, format_name: FormatName, templates: Templates) -> OwnWords:
+def own_words(row: Row, format_name: str, templates: Templates) -> OwnWords:
     """Return what a row itself says.
 
     Raises:
         RowError: The row does not have what its format wants.
     """
+    if format_name == PREFERENCE:
+        return _pair_words(row, templates)
     example: Example = FORMATS[format_name](row, templates)
     if format_name == "prompt_completion":
         asked, answered = (
@@ -43,13 +53,34 @@ def own_words(row: Row, format_name: FormatName, templates: Templates) -> OwnWor
         return OwnWords("", f"{row['instruction']}\n{row.get('input') or ''}", str(row["output"]))
     if "text" in example:
         return OwnWords("", "", example["text"])
-    turns = example["messages"]
+    return _conversation_words(example["messages"])
+
+
+def _conversation_words(turns: list[dict[str, Any]]) -> OwnWords:
     said = [str(turn.get("content") or turn.get("tool_calls") or "") for turn in turns]
     first = 1 if turns[0]["role"] == "system" else 0
     answer = next(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     return OwnWords(
         "\n".join(said[:first]), "\n".join(said[first:answer]), "\n".join(said[answer:])
     )
+
+
+def _pair_words(row: Row, templates: Templates) -> OwnWords:
+    pair = preference(row, templates)
+    examples = (pair["chosen"], pair["rejected"])
+    if "messages" in pair["chosen"]:
+        chosen, rejected = (_conversation_words(example["messages"]) for example in examples)
+        return chosen._replace(answered=f"{chosen.answered}\n{rejected.answered}")
+    asked = pair["chosen"]["prompt"]
+    if templates.prompt is not None:
+        asked = "\n".join(field_text(row, name) for name in _fields("prompt", templates.prompt))
+    answers = [
+        "\n".join(field_text(row, name) for name in _fields("", template))
+        if template is not None
+        else example["completion"]
+        for example, template in zip(examples, (templates.chosen, templates.rejected), strict=True)
+    ]
+    return OwnWords("", asked, "\n".join(answers))
 
 
 def _fields(key: str, template: str | None) -> list[str]:

@@ -36,12 +36,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """Token ids and labels of one row, and how many tokens truncation took away."""
+    """Token ids and labels of one row, and how many tokens truncation took away.
+
+    Of a pair, the ids are those of the prompt, the chosen answer and the rejected answer, one after the other;
+    ``num_prompt`` and ``num_chosen`` say where one ends (0 for any other row).
+    """
 
     input_ids: list[int]
     labels: list[int]
     num_cut: int = 0
     num_supervised_cut: int = 0
+    num_prompt: int = 0
+    num_chosen: int = 0
 
 
 class Encoder:
@@ -104,13 +110,25 @@ class Encoder:
         return [Segment(example["prompt"], False), Segment(example["completion"], True), eos]
 
     def encode(self, rows: list[list[Segment]], *, chat: bool) -> list[EncodedRow | None]:
-        """Tokenize and truncate a batch of rows; None stands for a row the truncation policy drops.
+        """Tokenize and truncate a batch of rows; None stands for a row the truncation policy drops."""
+        return [
+            truncate(ids, labels, self.max_length, self.truncation, self.num_kept(ids))
+            for ids, labels in self.ids_and_labels(rows, chat=chat)
+        ]
+
+    def num_kept(self, ids: list[int]) -> int:
+        """Return how many tokens at the beginning no truncation takes: BOS, where there is one."""
+        return len(self._prefix_ids) if ids[: len(self._prefix_ids)] == self._prefix_ids else 0
+
+    def ids_and_labels(
+        self, rows: list[list[Segment]], *, chat: bool
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """Tokenize a batch of rows, whatever their length.
 
         Segments are tokenized one by one, so that a prompt has the very tokens it has when the model is asked later.
         Tokenizers that put a space before every text (SentencePiece) get the whole row, cut by character offsets.
         """
         tokens = self._tokenize([segment.text for row in rows for segment in row])
-        encoded = []
         for row in rows:
             of_segments = [next(tokens) for _ in row]
             ids = [token for segment_ids in of_segments for token in segment_ids]
@@ -129,11 +147,7 @@ class Encoder:
             labels = [
                 token if s else IGNORE_INDEX for token, s in zip(ids, supervised, strict=True)
             ]
-            num_kept = (
-                len(self._prefix_ids) if ids[: len(self._prefix_ids)] == self._prefix_ids else 0
-            )
-            encoded.append(truncate(ids, labels, self.max_length, self.truncation, num_kept))
-        return encoded
+            yield ids, labels
 
     def _tokenize(self, texts: list[str]) -> Iterator[list[int]]:
         pieces = [piece for text in texts for piece in _GUARDED_TEXT.split(text)]

@@ -12,8 +12,9 @@ from datasets import Dataset, Features, Value
 
 from fine_tune.data.encode import Encoder
 from fine_tune.data.files import rows_of
-from fine_tune.data.formats import FORMATS, RowError
+from fine_tune.data.formats import FORMATS, PREFERENCE, RowError
 from fine_tune.data.parts import MAX_ROW_ERRORS, Part
+from fine_tune.data.preferences import encode_pairs, pair_segments, preference
 from fine_tune.data.sources import locate_row
 from fine_tune.errors import UserError
 from fine_tune.losses import num_supervised_targets
@@ -28,6 +29,8 @@ FEATURES = Features(
         "num_supervised": Value("int32"),
         "num_cut": Value("int32"),
         "num_supervised_cut": Value("int32"),
+        "num_prompt": Value("int32"),  # of a pair, else 0
+        "num_chosen": Value("int32"),
     }
 )
 
@@ -39,7 +42,10 @@ def encode_part(part: Part, encoder: Encoder) -> Dataset:
         UserError: Rows that cannot be encoded, each with its place.
     """
     source, format_name = part.source, part.format_name
+    pairs = format_name == PREFERENCE
     chat = format_name in ("messages", "sharegpt")
+    if pairs and len(part.rows):
+        chat = isinstance(part.rows[0].get("chosen"), list) and source.chosen is None
     errors: list[str] = []
 
     def where(index: int) -> str:
@@ -49,23 +55,30 @@ def encode_part(part: Part, encoder: Encoder) -> Dataset:
         segments, kept = [], []
         for index, row in zip(indices, rows_of(batch), strict=True):
             try:
-                segments.append(
-                    encoder.segments(FORMATS[format_name](encoder.guard(row), source.templates))
-                )
+                guarded = encoder.guard(row)
+                if pairs:
+                    pair = preference(guarded, source.templates)
+                    segments.append(pair_segments(encoder, pair))
+                else:
+                    example = FORMATS[format_name](guarded, source.templates)
+                    segments.append([encoder.segments(example)])
                 kept.append(index)
             except RowError as error:
                 errors.append(f"{where(index)}: {error}")
                 if len(errors) >= MAX_ROW_ERRORS:
                     raise UserError(*errors) from error
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for row_segments, index, encoded in zip(
-            segments, kept, encoder.encode(segments, chat=chat), strict=True
-        ):
+        rows = (
+            encode_pairs(encoder, segments, chat=chat)
+            if pairs
+            else encoder.encode([only for (only,) in segments], chat=chat)
+        )
+        for row_segments, index, encoded in zip(segments, kept, rows, strict=True):
             num_supervised = num_supervised_targets(encoded.labels) if encoded else 0
             if encoded is not None and num_supervised == 0:
-                shown = "".join(s.text for s in row_segments)[:300]
+                shown = "".join(s.text for s in row_segments[0])[:300]
                 raise UserError(
-                    f"{where(index)}: no token of this row carries loss within "
+                    f"{where(index)}: no token of {'one of its answers' if pairs else 'this row'} carries loss within "
                     f"data.max_length {encoder.max_length}, the prompt alone fills it; raise it, or set "
                     f"data.truncation: prompt_left or drop. The row begins:\n{shown}"
                 )
@@ -76,6 +89,8 @@ def encode_part(part: Part, encoder: Encoder) -> Dataset:
             columns["num_supervised"].append(num_supervised)
             columns["num_cut"].append(encoded.num_cut if encoded else 0)
             columns["num_supervised_cut"].append(encoded.num_supervised_cut if encoded else 0)
+            columns["num_prompt"].append(encoded.num_prompt if encoded else 0)
+            columns["num_chosen"].append(encoded.num_chosen if encoded else 0)
         return columns
 
     show_progress = sys.stderr.isatty() and len(part.rows) > 2000
@@ -105,3 +120,11 @@ def column(rows: Dataset, name: str) -> np.ndarray:
 def token_counts(rows: Dataset) -> np.ndarray:
     """Return the number of tokens of each row."""
     return np.asarray(pc.list_value_length(rows.with_format("arrow")["input_ids"][:]))
+
+
+def sequence_lengths(rows: Dataset) -> np.ndarray:
+    """Return the positions each row needs in a model: its tokens; of a pair, the prompt's and its longer answer's."""
+    tokens = token_counts(rows)
+    num_prompt, num_chosen = column(rows, "num_prompt"), column(rows, "num_chosen")
+    of_pair = np.maximum(num_prompt + num_chosen, tokens - num_chosen)
+    return np.where(num_chosen > 0, of_pair, tokens)

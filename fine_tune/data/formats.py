@@ -13,6 +13,7 @@ from fine_tune.errors import UserError, nearest
 
 Row = Mapping[str, Any]
 FormatName = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text"]
+PREFERENCE: Literal["preference"] = "preference"  # pairs: a data module of its own reads them
 
 
 class Example(TypedDict, total=False):
@@ -27,11 +28,18 @@ class Example(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Templates:
-    """How to read the rows of one source: a format name and, for prompt and completion, their templates."""
+    """How to read the rows of one source: a format name, and templates of the fields that formats name."""
 
-    format: FormatName | None
+    format: str | None
     prompt: str | None
     completion: str | None
+    chosen: str | None = None
+    rejected: str | None = None
+
+    def given(self) -> dict[str, str]:
+        """Return the templates that are given, by the field each stands for."""
+        names = ("prompt", "completion", "chosen", "rejected")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 class RowError(Exception):
@@ -42,7 +50,7 @@ class EmptyCompletion(RowError):
     """A row with nothing to learn: refused, or left out and counted, as ``data.empty_completions`` says."""
 
 
-def detect_format(columns: list[str], templates: Templates, where: str) -> FormatName:
+def detect_format(columns: list[str], templates: Templates, where: str) -> str:
     """Name the format of a source from its templates and columns.
 
     Raises:
@@ -78,17 +86,21 @@ def check_templates(templates: Templates, columns: list[str], where: str) -> Non
     Raises:
         UserError: One line per field that is missing, with the fields seen.
     """
-    if (templates.prompt is None) != (templates.completion is None):
-        given, absent = (
-            ("prompt", "completion") if templates.completion is None else ("completion", "prompt")
-        )
-        if absent not in columns:
+    given = templates.given()
+    pair = ("chosen", "rejected") if templates.format == PREFERENCE else ("prompt", "completion")
+    for absent, other in (pair, pair[::-1]):
+        if other in given and absent not in given and absent not in columns:
             raise UserError(
-                f"{where}: data.{given} is given but data.{absent} is not, and no field has that name"
+                f"{where}: data.{other} is given but data.{absent} is not, and no field has that name"
             )
+    if templates.format == PREFERENCE and not {*given, *columns} >= {"chosen", "rejected"}:
+        raise UserError(
+            f"{where}: pairs have the fields 'chosen' and 'rejected' (and 'prompt'), the rows have {sorted(columns)}; "
+            "or say how to read them with data.prompt, data.chosen and data.rejected"
+        )
     problems = []
-    for key, template in (("prompt", templates.prompt), ("completion", templates.completion)):
-        for name in _template_fields(template, f"data.{key}") if template is not None else []:
+    for key, template in given.items():
+        for name in _template_fields(template, f"data.{key}"):
             if name not in columns:
                 problems.append(
                     f"{where}: data.{key} wants the field '{name}', the rows have {sorted(columns)}"
@@ -101,10 +113,10 @@ def check_templates(templates: Templates, columns: list[str], where: str) -> Non
 def prompt_completion(row: Row, templates: Templates) -> Example:
     """``prompt`` and ``completion`` as fields, or as templates over any fields."""
     prompt = (
-        _fill(templates.prompt, row) if templates.prompt is not None else field_text(row, "prompt")
+        fill(templates.prompt, row) if templates.prompt is not None else field_text(row, "prompt")
     )
     completion = (
-        _fill(templates.completion, row)
+        fill(templates.completion, row)
         if templates.completion is not None
         else field_text(row, "completion")
     )
@@ -189,7 +201,7 @@ def text(row: Row, _: Templates) -> Example:
     return {"text": value}
 
 
-FORMATS: dict[FormatName, Callable[[Row, Templates], Example]] = {
+FORMATS: dict[str, Callable[[Row, Templates], Example]] = {
     "prompt_completion": prompt_completion,
     "messages": messages,
     "alpaca": alpaca,
@@ -257,7 +269,8 @@ def _refuse_empty_answers(turns: list[dict[str, Any]]) -> None:
         raise EmptyCompletion("every assistant turn is empty")
 
 
-def _fill(template: str, row: Row) -> str:
+def fill(template: str, row: Row) -> str:
+    """Put a row's fields into a template."""
     parts = []
     for literal, name, _, _ in string.Formatter().parse(template):
         parts.append(literal)

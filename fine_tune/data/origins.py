@@ -38,7 +38,7 @@ def data_content(
     }
     for i, source in enumerate(sources):
         prefix = "data" if len(sources) == 1 else f"data.sources.{i}"
-        for name in ("format", "weight", "prompt", "completion"):
+        for name in ("format", "weight", "prompt", "completion", "chosen", "rejected"):
             content[f"{prefix}.{name}"] = getattr(source, name)
     return content
 

@@ -9,7 +9,6 @@ from fine_tune.data.content import own_words
 from fine_tune.data.files import fields_of, rows_of
 from fine_tune.data.formats import (
     EmptyCompletion,
-    FormatName,
     Row,
     RowError,
     check_templates,
@@ -39,7 +38,7 @@ class Part:
     """
 
     source: Source
-    format_name: FormatName
+    format_name: str
     split: str
     found_in: str
     rows: Dataset
@@ -229,7 +228,7 @@ def _notes(to_split: list[Part], options: Options, num_empty: int) -> list[str]:
     return notes
 
 
-def _format_of(rows: Dataset, source: Source) -> FormatName:
+def _format_of(rows: Dataset, source: Source) -> str:
     fields = fields_of(rows)
     check_templates(source.templates, fields, source.label)
     return detect_format(fields, source.templates, source.label)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fine_tune.data.audit import audit, drift_notes
 from fine_tune.data.choices import longest_up_to_128
 from fine_tune.data.encode import Encoder
-from fine_tune.data.encode_rows import column, encode_part, token_counts
+from fine_tune.data.encode_rows import column, encode_part, sequence_lengths
 from fine_tune.data.leakage import find_leakage, leakage_notes
 from fine_tune.data.options import Options
 from fine_tune.data.parts import Part, shared_prompts, split_sources
@@ -100,7 +100,7 @@ def _encode(
 
     names = {part.split for part in parts}
     train = encode("train", options.max_length or options.length_cap)
-    longest = int(token_counts(train).max())
+    longest = int(sequence_lengths(train).max())
     max_length = options.max_length or longest_up_to_128(longest, options.length_cap)
     return {
         "train": train,

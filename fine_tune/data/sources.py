@@ -4,6 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
@@ -32,19 +33,23 @@ class Source:
         weight: How often each row is seen per epoch (0.5: half of the rows, drawn anew each epoch).
         prompt: Template of the prompt over the row's fields, like ``"Question: {question}"``.
         completion: Template of the completion, like ``" {answer}"``.
+        chosen: Template of the better answer of a pair.
+        rejected: Template of the worse one.
         revision: Revision of a hub data set.
     """
 
     path: str | dict[str, str]
-    format: FormatName | None = None
+    format: FormatName | Literal["preference"] | None = None
     weight: float = 1.0
     prompt: str | None = None
     completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     revision: str | None = None
 
     @property
     def templates(self) -> Templates:
-        return Templates(self.format, self.prompt, self.completion)
+        return Templates(self.format, self.prompt, self.completion, self.chosen, self.rejected)
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from datasets import Dataset, load_from_disk
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.data.encode_rows import column, token_counts
+from fine_tune.data.encode_rows import column, sequence_lengths, token_counts
 from fine_tune.data.options import Options
 from fine_tune.data.sealed import SealedTest
 from fine_tune.data.sources import Source, fingerprint
@@ -26,7 +26,7 @@ from fine_tune.data.split import SPLITS
 from fine_tune.errors import UserError
 
 ENCODING_VERSION = (
-    2  # part of the keys: raise it when the same input gives other tokens or other splits
+    3  # part of the keys: raise it when the same input gives other tokens or other splits
 )
 
 
@@ -175,6 +175,6 @@ def _counts(rows: Dataset) -> dict[str, int]:
         "num_rows": len(rows),
         "num_tokens": int(lengths.sum()),
         "num_supervised": int(column(rows, "num_supervised").sum()),
-        "longest_row": int(lengths.max()),
+        "longest_row": int(sequence_lengths(rows).max()),
         "largest_token_id": int(pc.max(pc.list_flatten(ids)).as_py()),
     }

@@ -1,5 +1,6 @@
 """LightningModules, by the names users type."""
 
+from fine_tune.modules.dpo import DPO
 from fine_tune.modules.sft import SFT
 
-__all__ = ["SFT"]
+__all__ = ["DPO", "SFT"]

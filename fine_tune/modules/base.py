@@ -24,7 +24,7 @@ from fine_tune.batches import DataPlan, StepFailure, data_of, log_interval, plan
 from fine_tune.errors import UserError
 from fine_tune.modules.changed_settings import follow_settings, step_settings
 from fine_tune.modules.checks import warmup_problems
-from fine_tune.modules.evaluation import answer, evaluate_rows, log_evaluation
+from fine_tune.modules.evaluation import answer, in_parts, log_evaluation
 from fine_tune.modules.gradients import StepGradient, gradients, update
 from fine_tune.modules.metrics import TokenMetrics
 from fine_tune.modules.model_settings import ModelSettings
@@ -112,7 +112,7 @@ class StepModule(LightningModule):
             False  # weights travel as Hugging Face files, restored in on_load_checkpoint
         )
         self.model: PreTrainedModel | PeftModel | None = None
-        self.metrics = TokenMetrics()
+        self.metrics: Any = TokenMetrics()
         self._throughput = Throughput()
         self._grad_norm = torch.zeros(())
         # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained
@@ -125,6 +125,7 @@ class StepModule(LightningModule):
     # ---- what a subclass says
 
     step_metrics: tuple[str, ...] = ()  # what it measures of a training step beside its loss
+    evaluation_metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
 
     @abstractmethod
     def loss_count(self, batch: Any) -> int:
@@ -150,7 +151,7 @@ class StepModule(LightningModule):
         return plan_of(self.trainer)
 
     def setup(self, stage: str) -> None:
-        self.check(self.plan, self._tokenizer)
+        self.check(self.plan, self.tokenizer)
         self.max_tokens_per_micro_batch = self.plan.max_tokens_per_micro_batch
 
     def check(self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,7 +163,7 @@ class StepModule(LightningModule):
         if self.model is not None:
             return
         seed_all(self.seed, "weights")
-        self.model = load_weights(self.model_settings, self._tokenizer, str(self.trainer.precision))
+        self.model = load_weights(self.model_settings, self.tokenizer, str(self.trainer.precision))
         if self.trainer.state.fn == "fit":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             total, share = self.model.num_parameters(), "weights: %s, %s of them trained (%.2f %%)"
@@ -269,7 +270,7 @@ class StepModule(LightningModule):
     # ---- evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        evaluate_rows(self, batch)
+        in_parts(self, batch, self.evaluate)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -297,7 +298,7 @@ class StepModule(LightningModule):
         Returns:
             Token ids of each answer, without the stop token.
         """
-        pad_token_id = int(cast(int, self._tokenizer.pad_token_id))
+        pad_token_id = int(cast(int, self.tokenizer.pad_token_id))
         return answer(self, prompts, max_new_tokens, stop_ids, pad_token_id)
 
     # ---- checkpoints
@@ -315,7 +316,7 @@ class StepModule(LightningModule):
     def export(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
         """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
         assert self.model is not None
-        export(self.model, self._tokenizer, folder, state_dict)
+        export(self.model, self.tokenizer, folder, state_dict)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the weights of the checkpoint's folder into the model.
@@ -337,5 +338,6 @@ class StepModule(LightningModule):
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     @property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The data module's, which is the model's."""
         return data_of(self.trainer).tokenizer

@@ -1,6 +1,7 @@
 """Rows evaluated and prompts answered in parts that fit the device; a part that does not is taken in smaller ones."""
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +17,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("fine_tune")
 
 
-def evaluate_rows(module: "StepModule", batch: Any) -> None:
-    """Add the rows of an evaluation batch, longest first, to the module's metrics, each of them once."""
+def in_parts(module: "StepModule", batch: Any, take: Callable[[Any], None]) -> None:
+    """Take the rows of a batch, longest first, in parts that fit the device, each of them once.
+
+    Args:
+        module: Cuts the batch; a part that does not fit goes to its guards.
+        batch: Any batch of its kind.
+        take: Gets each part; it changes nothing before its last computation.
+    """
     start, lengths = 0, batch["lengths"]
     while start < len(lengths):
         first = cut_by_tokens(lengths[start:], module.max_tokens_per_micro_batch)[0]
         rows, out_of_memory = slice(start, start + first.stop), False
         try:
             with lowered(module.step_precision, module.device):
-                module.evaluate(module.take_rows(batch, rows))
+                take(module.take_rows(batch, rows))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

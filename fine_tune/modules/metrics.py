@@ -37,3 +37,51 @@ class TokenMetrics(Metric):
             "perplexity": torch.exp(loss),
             "token_accuracy": self.num_correct / self.num_tokens,
         }
+
+
+PREFERENCE_METRICS = (
+    "rewards_chosen",
+    "rewards_rejected",
+    "rewards_accuracy",
+    "rewards_margin",
+    "logps_chosen",
+    "logps_rejected",
+)
+
+
+class PreferenceMetrics(Metric):
+    """Means over the pairs of a split, all ranks together, and the 95 % interval of the accuracy.
+
+    Sums are kept in float64 (float32 on devices without it), so that no batch size changes them.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    num_pairs: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        zeros = torch.zeros(1 + len(PREFERENCE_METRICS), dtype=wide)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.add_state("num_pairs", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss_B: Tensor, *measured: Tensor) -> None:
+        """Add pairs: their losses, and what ``PREFERENCE_METRICS`` names, one value each."""
+        values = torch.stack([loss_B, *measured]).to(self.sums.dtype)
+        self.sums += values.sum(1)
+        self.num_pairs += len(loss_B)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``loss``, ``PREFERENCE_METRICS``, and ``rewards_accuracy_low`` and ``_high`` (Wilson's interval)."""
+        means = dict(zip(("loss", *PREFERENCE_METRICS), self.sums / self.num_pairs, strict=True))
+        low, high = wilson_interval(means["rewards_accuracy"], self.num_pairs)
+        return {**means, "rewards_accuracy_low": low, "rewards_accuracy_high": high}
+
+
+def wilson_interval(share: Tensor, count: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor]:
+    """Return the 95 % interval of a share of ``count`` draws (Wilson, 1927)."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    spread = z / (1 + z**2 / count)
+    spread = spread * torch.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return middle - spread, middle + spread

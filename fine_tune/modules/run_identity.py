@@ -27,7 +27,7 @@ FREE = {
     },
     "data": {
         "path", "sources", "revision", "cache_dir", "tokenizer", "tokenizer_revision", "epochs",
-        "format", "prompt", "completion",
+        "format", "prompt", "completion", "chosen", "rejected",
         "max_tokens_per_micro_batch", "eval_batch_size", "num_workers", "near_duplicates", "empty_completions",
     },
     "lora": {

@@ -3,16 +3,12 @@
 Shape letters: B rows, T tokens, N supervised positions, D model, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from fine_tune.batches import SFTBatch
 from fine_tune.losses import nll_per_token, nll_sum, supervised_targets
 from fine_tune.modules.base import StepModule
+from fine_tune.modules.lm_head import head_at
 
 
 class SFT(StepModule):
@@ -49,21 +45,3 @@ class SFT(StepModule):
             # Rows are padded on the right and attention is causal: no real token sees a pad, so no mask is needed.
             output = self.model(input_ids=batch["input_ids_BT"], use_cache=False)
         return output.logits.squeeze(0), targets_N
-
-
-@contextmanager
-def head_at(model: Any, positions_N: Tensor) -> Iterator[None]:
-    """Run the LM head only at these positions of the flattened ``[B * T]`` hidden states.
-
-    The model's logits then have shape ``[1, N, V]``; whatever it does to them after the head is elementwise and stays.
-    """
-
-    def gather(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_BTD, *rest = inputs
-        return (hidden_BTD.flatten(0, 1)[positions_N].unsqueeze(0), *rest)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()

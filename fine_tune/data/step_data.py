@@ -1,0 +1,284 @@
+"""What all data modules share: rows prepared once, the run's steps planned, one batch handed out per optimizer step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from fine_tune.batches import DataPlan
+from fine_tune.data.choices import LENGTH_LIMIT, choose
+from fine_tune.data.encode_rows import column, token_counts
+from fine_tune.data.options import Options
+from fine_tune.data.origins import data_content, locate_rows
+from fine_tune.data.prepare import prepare
+from fine_tune.data.sealed import SEALED, SealedTest
+from fine_tune.data.sources import Source
+from fine_tune.data.steps import (
+    StepLoader,
+    StepSampler,
+    evaluation_batches,
+    leave_sigterm_to_parent,
+    rows_per_epoch,
+)
+from fine_tune.data.token_cache import PreparedData
+from fine_tune.errors import UserError
+from fine_tune.models import load_tokenizer
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How rows are handed out, and where prepared ones are kept; ``SFTData`` documents them."""
+
+    batch_size: int | None
+    max_tokens_per_micro_batch: int | None
+    epochs: int | None
+    eval_batch_size: int | None
+    num_workers: int
+    seed: int
+    cache_dir: str | None
+    tokenizer: str | None
+    tokenizer_revision: str | None
+
+
+class StepData(LightningDataModule):
+    """Base of the data modules: rows that are ready to be handed out as the batches of optimizer steps.
+
+    Args:
+        sources: Where rows come from.
+        options: What decides their tokens and splits.
+        collator: Makes a batch of encoded rows, given the id that pads them.
+        columns: What it needs of a row.
+        settings: ``batch_size``, ``max_tokens_per_micro_batch``, ``epochs``, ``eval_batch_size``, ``num_workers``,
+            ``seed``, ``cache_dir``, ``tokenizer``, ``tokenizer_revision``, as the subclass documents them.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        options: Options,
+        *,
+        collator: Callable[[int], Callable[[Any], Any]],
+        columns: tuple[str, ...],
+        settings: LoaderSettings,
+    ) -> None:
+        super().__init__()
+        self.sources, self.options = sources, options
+        self.collator, self.columns = collator, list(columns)
+        self.batch_size = settings.batch_size
+        self.max_tokens_per_micro_batch = settings.max_tokens_per_micro_batch
+        self.epochs, self.eval_batch_size = settings.epochs, settings.eval_batch_size
+        self.num_workers, self.seed = settings.num_workers, settings.seed
+        self.cache_dir = Path(settings.cache_dir or "lightning_logs/.cache")
+        self.tokenizer_source = settings.tokenizer
+        self.tokenizer_revision = settings.tokenizer_revision
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._prepared: PreparedData | None = None
+        self._plan: DataPlan | None = None
+        self._test_rows: Dataset | None = None
+        self._fitting = False
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            if self.tokenizer_source is None:
+                raise UserError(
+                    "model.tokenizer: none given, and the model has no folder or hub name to take it from"
+                )
+            self._tokenizer = load_tokenizer(
+                "model.tokenizer", self.tokenizer_source, self.tokenizer_revision
+            )
+        return self._tokenizer
+
+    @property
+    def plan(self) -> DataPlan:
+        """What the run will do, known after ``setup``."""
+        assert self._plan is not None, "the plan is made in setup()"
+        return self._plan
+
+    @property
+    def prepared(self) -> PreparedData:
+        """The rows and what preparation found out about them."""
+        self.prepare_data()
+        assert self._prepared is not None
+        return self._prepared
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the training rows are made of, by content: what a resumed run is held against."""
+        return data_content(self.sources, self.tokenizer, self.prepared.rows["train"])
+
+    def locate_rows(self, row_ids: list[int]) -> list[str]:
+        """Say where rows stand in their sources, as ``file:line`` where the format has lines."""
+        return locate_rows(self.sources, row_ids)
+
+    @property
+    def sealed_test(self) -> SealedTest | None:
+        """The sealed test split: its hash and its openings; its rows only while ``test`` runs."""
+        return self.prepared.test
+
+    def prepare_data(self) -> None:
+        """Read, split and tokenize, or open the cache: before weights load and before processes start."""
+        if self._prepared is None:
+            self._prepared = prepare(self.sources, self.tokenizer, self.options, self.cache_dir)
+
+    def setup(self, stage: str) -> None:
+        """Plan the steps (``trainer.max_steps`` cuts the epochs short); for ``test``, open the sealed test split.
+
+        Raises:
+            UserError: The test split was asked for while training goes on.
+        """
+        self._plan = self.make_plan(self.trainer.max_steps if self.trainer is not None else -1)
+        if stage == "test":
+            if self._fitting:
+                raise UserError(f"data: {SEALED}")
+            self._test_rows = self.prepared.test.open() if self.prepared.test else None
+        self._fitting = self._fitting or stage == "fit"
+        self._lock_test()
+
+    def teardown(self, stage: str) -> None:
+        """Close the test split again; fit's last step is behind when it comes here."""
+        self._test_rows = None
+        if stage == "fit":
+            self._fitting = False
+        self._lock_test()
+
+    def _lock_test(self) -> None:
+        if self.sealed_test is not None:
+            self.sealed_test.locked = self._fitting
+
+    def make_plan(self, max_steps: int = -1) -> DataPlan:
+        """Count what the run will see and how many steps it takes.
+
+        Args:
+            max_steps: The trainer's limit; -1 for none.
+        """
+        prepared, counts = self.prepared, self.prepared.facts["splits"]
+        cap = self.options.length_cap
+        choices = choose(
+            self.lengths("train"),
+            longest_row=prepared.facts["audit"]["length"]["max"],
+            max_length=prepared.max_length,
+            length_cap=cap,
+        )
+        batch_size = self.batch_size or choices["data.batch_size"].value
+        rows_of_epoch = rows_per_epoch(column(prepared.rows["train"], "weight"))
+        steps_per_epoch = -(-rows_of_epoch // batch_size)
+        epochs = self.epochs or (1 if max_steps < 0 else -(-max_steps // steps_per_epoch))
+        planned_steps = epochs * steps_per_epoch
+        return DataPlan(
+            num_rows={split: of_split["num_rows"] for split, of_split in counts.items()},
+            num_tokens={split: of_split["num_tokens"] for split, of_split in counts.items()},
+            num_supervised={s: of_split["num_supervised"] for s, of_split in counts.items()},
+            longest_row={split: of_split["longest_row"] for split, of_split in counts.items()},
+            max_length=prepared.max_length,
+            batch_size=batch_size,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch
+            or choices["data.max_tokens_per_micro_batch"].value,
+            steps_per_epoch=steps_per_epoch,
+            num_steps=planned_steps if max_steps < 0 else min(planned_steps, max_steps),
+            planned_steps=planned_steps,
+            largest_token_id=max(of_split["largest_token_id"] for of_split in counts.values()),
+            test_hash=prepared.facts.get("test_hash"),
+            choices=choices,
+            notes=prepared.facts["notes"] + ["tokens from the cache"] * prepared.cached,
+        )
+
+    def cap_length(self, positions: int | None) -> None:
+        """Hold ``max_length`` to the model's positions, before anything is tokenized.
+
+        Raises:
+            UserError: The user asked for longer rows than the model has positions.
+        """
+        if positions is None or self._prepared is not None:
+            return
+        asked = self.options.max_length
+        if asked is not None and asked > positions:
+            raise UserError(
+                f"data.max_length: {asked} is more than the model's {positions} positions; "
+                f"set --data.max_length {positions} or less"
+            )
+        self.options = replace(self.options, length_cap=min(LENGTH_LIMIT, positions))
+
+    def rows(self, split: str) -> Dataset:
+        """Return the encoded rows of a split (``input_ids``, ``labels``, ``row_id`` ...).
+
+        Raises:
+            UserError: The run has no such split, or it is the test split and nobody is testing.
+        """
+        if split not in self.prepared.facts["splits"]:
+            have = ", ".join(self.prepared.facts["splits"])
+            raise UserError(
+                f"data.split: there is no {split} split (the data has {have}), so there is nothing to {split}"
+            )
+        if split != "test":
+            return self.prepared.rows[split]
+        if self._test_rows is None:
+            raise UserError(f"data: {SEALED}")
+        return self._test_rows
+
+    def encoded(self, split: str) -> Dataset:
+        """Return the encoded rows of a split with what a batch needs of each, as arrays."""
+        return self._view(self.rows(split))
+
+    def make_batch(self, rows: list[Any]) -> Any:
+        """Return encoded rows as a batch."""
+        return self._collator()(rows)
+
+    def lengths(self, split: str) -> np.ndarray:
+        """Return the number of tokens of each row of a split."""
+        return token_counts(self.rows(split))
+
+    def longest_rows(self, split: str) -> Any:
+        """Return the worst batch of a split on this rank: as many of its longest rows as a batch holds."""
+        ranks = self.trainer.world_size if self.trainer is not None else 1
+        of_step = -(-self.plan.batch_size // ranks)
+        count = of_step if split == "train" else self.eval_batch_size or self.plan.batch_size
+        longest = np.argsort(-self.lengths(split), kind="stable")[:count]
+        rows = self._view(self.rows(split))
+        return self._collator()([rows[int(i)] for i in longest])
+
+    def train_dataloader(self) -> StepLoader:
+        rows = self.rows("train")
+        sampler = StepSampler(
+            column(rows, "weight"),
+            batch_size=self.plan.batch_size,
+            num_steps=self.plan.num_steps,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            world_size=self.trainer.world_size if self.trainer is not None else 1,
+        )
+        return StepLoader(self._view(rows), sampler, self._collator(), num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._evaluation_loader("validation") if "validation" in self.plan.num_rows else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        batches = evaluation_batches(
+            self.lengths(split),
+            self.eval_batch_size or self.plan.batch_size,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            world_size=self.trainer.world_size if self.trainer is not None else 1,
+        )
+        return DataLoader(
+            self._view(self.rows(split)),
+            batch_sampler=batches,
+            collate_fn=self._collator(),
+            num_workers=self.num_workers,
+            worker_init_fn=leave_sigterm_to_parent,
+        )
+
+    def _collator(self) -> Callable[[Any], Any]:
+        return self.collator(int(self.tokenizer.pad_token_id))
+
+    def _view(self, rows: Dataset) -> Dataset:
+        return rows.select_columns(self.columns).with_format("numpy")
