@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from fine_tune.errors import UserError, nearest
+from fine_tune.runs.run_folder import RECORD, RunFolder
 
 
 def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -17,7 +18,7 @@ def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[st
 
     Args:
         key: The config key that named it, for the error.
-        name: A local folder, or ``owner/name`` on the hub.
+        name: A local folder, a run's folder (its best checkpoint is meant), or ``owner/name`` on the hub.
         revision: Branch, tag or commit on the hub.
 
     Returns:
@@ -31,7 +32,7 @@ def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[st
     except OSError as error:
         raise UserError(f"{key}: '{name[:60]}' cannot be read: {error.strerror}") from error
     if is_folder:
-        return name, None
+        return _folder_of_run(key, Path(name)) if (Path(name) / RECORD).is_file() else name, None
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or exists:
         raise UserError(
             f"{key}: folder '{name}' does not exist; give a model folder or a hub name like 'owner/name'"
@@ -75,6 +76,9 @@ def load_config(
         return _config_from_fields(from_config)
     assert name is not None
     source, commit = resolve_source("model.model_name_or_path", name, revision)
+    base = adapter_base(source)
+    if base is not None:
+        return load_config(base, None, None)
     if Path(source).is_dir():
         check_model_folder(Path(source))
     try:
@@ -85,6 +89,14 @@ def load_config(
         raise UserError(
             f"model.model_name_or_path: config of '{name}': {first_line(error)}"
         ) from error
+
+
+def adapter_base(source: str) -> str | None:
+    """Return what a folder's adapter was trained on, or None where it holds no adapter but a model."""
+    file = Path(source) / "adapter_config.json"
+    if not file.is_file() or (Path(source) / "config.json").is_file():
+        return None
+    return str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"])
 
 
 def stored_quantization(config: PreTrainedConfig) -> str | None:
@@ -106,10 +118,6 @@ def check_model_folder(folder: Path) -> None:
     """
     where = f"model.model_name_or_path: '{folder}'"
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{where} holds a LoRA adapter, not a model; merge it into its base first"
-            )
         raise UserError(f"{where} has no config.json; give the folder that save_pretrained() wrote")
     auto_map = json.loads((folder / "config.json").read_text()).get("auto_map")
     model_type = json.loads((folder / "config.json").read_text()).get("model_type")
@@ -200,3 +208,11 @@ def first_line(error: BaseException) -> str:
     """Return what an error says first, or its name."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _folder_of_run(key: str, folder: Path) -> str:
+    best = RunFolder(folder).checkpoint("best")
+    if best is None:
+        command = f"python -m fine_tune fit --config {folder / 'config.yaml'}"
+        raise UserError(f"{key}: the run '{folder}' has no checkpoint yet; make one by {command}")
+    return str(best)

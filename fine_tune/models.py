@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,7 +21,12 @@ from transformers import (
 )
 
 from fine_tune.errors import UserError
-from fine_tune.model_config import first_line, resolve_source, stored_quantization
+from fine_tune.model_config import (
+    adapter_base,
+    first_line,
+    resolve_source,
+    stored_quantization,
+)
 
 log = logging.getLogger("fine_tune")
 if not sys.stderr.isatty():
@@ -63,7 +69,7 @@ def load_model(
 
     Args:
         config: The model's config, overrides applied.
-        name: Model folder or hub name, or None.
+        name: Model folder or hub name, or None. A folder with an adapter stands for its base with the adapter merged.
         revision: Revision on the hub.
         dtype: Type of the weights in memory.
         attn_implementation: ``sdpa``, ``eager``, ... or None for the model's default.
@@ -86,6 +92,18 @@ def load_model(
         compute = str(quantization.bnb_4bit_compute_dtype).removeprefix("torch.")
         config.quantization_config |= {"bnb_4bit_compute_dtype": compute}
     source, commit = resolve_source("model.model_name_or_path", name, revision)
+    base = adapter_base(source)
+    if base is not None:
+        if stored is not None or quantization is not None:
+            raise UserError(
+                f"model.model_name_or_path: '{name}' holds an adapter, which cannot be merged into quantized weights "
+                "without a loss; leave model.quantization out, or give a full model"
+            )
+        whole = load_model(config, base, dtype=dtype, attn_implementation=attn_implementation)
+        merged: Any = PeftModel.from_pretrained(whole, source)
+        model = merged.merge_and_unload()
+        model.name_or_path = source  # what an adapter trained on it names as its base
+        return cast(PreTrainedModel, model)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,

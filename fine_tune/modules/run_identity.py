@@ -13,7 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from peft import LoraConfig
 
 from fine_tune.errors import UserError
-from fine_tune.model_config import resolve_source
+from fine_tune.model_config import adapter_base, resolve_source
 from fine_tune.modules.optimization import build_optimizer
 
 IDENTITY_FILE = "run_identity.json"  # in every checkpoint folder
@@ -127,7 +127,11 @@ def weights_content(name: str | None, revision: str | None) -> str | None:
     if not Path(source).is_dir():
         return f"{source}@{commit}"
     digest = hashlib.sha256()
-    for file in [Path(source) / "config.json", *sorted(Path(source).glob("*.safetensors"))]:
+    base = adapter_base(source)
+    if base is not None:
+        digest.update(str(weights_content(base, None)).encode())
+    described = "config.json" if base is None else "adapter_config.json"
+    for file in [Path(source) / described, *sorted(Path(source).glob("*.safetensors"))]:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as handle:

@@ -9,11 +9,15 @@ import pytest
 import torch
 from harness import CommandLine, Outcome, write_rows
 from lora_runs import STOP
+from peft import PeftModel
 from safetensors.torch import load_file
 from small_models import save_small_model
+from transformers import AutoModelForCausalLM
 
 from fine_tune.batches import PreferenceBatch
 from fine_tune.losses import IGNORE_INDEX
+from fine_tune.model_config import load_config
+from fine_tune.models import load_model
 from fine_tune.modules.pairs import can_share, pair_logps
 
 LORA = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "v_proj"]']
@@ -134,6 +138,42 @@ def test_early_stopping_and_best_follow_the_accuracy(
     refused = command_line("fit", *dpo_args, "--checkpoint.monitor", "val/perplexity")
     assert refused.code == 2
     assert "checkpoint.monitor: 'val/perplexity' is not measured; known: val/loss" in refused.err
+
+
+@pytest.mark.parametrize("trained", [[], LORA], ids=["full", "lora"])
+def test_dpo_continues_from_the_best_checkpoint_of_a_run(
+    command_line: CommandLine,
+    dpo_args: list[str],
+    fit_args: list[str],
+    trained: list[str],
+    model_folder: Path,
+) -> None:
+    sft = command_line("fit", *fit_args, *trained, "--name", "sft").run("sft")
+    model = ["--model.model_name_or_path", str(sft.path), "--trainer.max_steps", "2"]
+    outcome = command_line("fit", *dpo_args, *model, *LORA)
+    assert losses(outcome)[0] == pytest.approx(math.log(2), abs=1e-6)
+    best = sft.checkpoint("best")
+    whole: Any = AutoModelForCausalLM.from_pretrained(best if not trained else model_folder)
+    if trained:
+        whole = PeftModel.from_pretrained(whole, best).merge_and_unload()
+    loaded = load_model(load_config(str(sft.path), None, None), str(sft.path))
+    assert all(
+        torch.allclose(ours, theirs, atol=1e-7)
+        for ours, theirs in zip(loaded.parameters(), whole.parameters(), strict=True)
+    )
+    adapter = outcome.run().checkpoint("last")
+    named = json.loads((adapter / "adapter_config.json").read_text())  # type: ignore[operator]
+    assert named["base_model_name_or_path"] == str(best)
+
+
+def test_a_run_without_a_checkpoint_is_told_how_to_make_one(
+    command_line: CommandLine, dpo_args: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "run.json").write_text("{}")
+    refused = command_line("fit", *dpo_args, "--model.model_name_or_path", tmp_path / "empty")
+    assert refused.code == 2
+    assert f"python -m fine_tune fit --config {tmp_path / 'empty' / 'config.yaml'}" in refused.err
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

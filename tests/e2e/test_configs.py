@@ -21,7 +21,7 @@ def stand_in_model(name: str, folder: Path) -> Path:
         "num_attention_heads": 2,
     }
     ids = {"vocab_size": len(tokenizer), "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
-    if "qwen" in name:
+    if "qwen" in name or name == "hh_dpo":
         config = Qwen2Config(**sizes, **ids, num_key_value_heads=2)
     elif "gpt2" in name:
         config = GPT2Config(n_embd=32, n_layer=1, n_head=2, **ids)
@@ -41,6 +41,19 @@ def stand_in_rows(name: str, folder: Path, num_train: int = 40) -> str:
             {"messages": [{**turns[0], "content": f"hai {i}"}, turns[1]]} for i in range(num_train)
         ]
         return str(write_rows(folder / "chat.jsonl", rows))
+    if name == "phi2_dpo":
+        rows = [
+            {"question": f"{i}?", "chosen": f"{i}.", "rejected": f"{i + 1}."}
+            for i in range(num_train)
+        ]
+        return str(write_rows(folder / "pairs.jsonl", rows))
+    if name == "hh_dpo":
+        talk = "\n\nHuman: {i}?\n\nAssistant:"
+        rows = [
+            {"chosen": f"{talk} {i}.".format(i=i), "rejected": f"{talk} ya.".format(i=i)}
+            for i in range(num_train)
+        ]
+        return str(write_rows(folder / "talks.jsonl", rows))
     files = {}
     for split, count in {"train": num_train, "validation": 4, "test": 4}.items():
         rows = [{"document": f"satu {i % 7}", "summary": f"dua {i % 7}"} for i in range(count)]
@@ -80,7 +93,14 @@ def stand_ins(name: str, tmp_path: Path, num_train: int = 500) -> list[str]:
 
 
 def test_there_are_configs() -> None:
-    names = ["gpt2_id_sft", "phi2_xsum", "quickstart", "qwen_coder_chat"]
+    names = [
+        "gpt2_id_sft",
+        "hh_dpo",
+        "phi2_dpo",
+        "phi2_xsum",
+        "quickstart",
+        "qwen_coder_chat",
+    ]
     assert [path.stem for path in CONFIGS] == names
     assert all(len(path.read_text().splitlines()) <= 60 for path in CONFIGS)
 
