@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from fine_tune.data.encode_rows import column, token_counts
+from fine_tune.data.encode_rows import column, sequence_lengths, token_counts
 from fine_tune.data.leakage import Leakage
 from fine_tune.data.parts import Part
 
@@ -44,6 +44,7 @@ def audit(
         "length": length_statistics(
             (train["tokens"] + train["num_cut"])[kept]
         ),  # before truncation
+        "longest_sequence": int((train["sequence"] + train["num_cut"])[kept].max()),
         "supervised_length": length_statistics(train["num_supervised"][kept]),
         "truncated_rows_share": float((train["num_cut"][kept] > 0).mean()),
         "supervised_tokens_lost_share": lost / (lost + supervised),
@@ -118,7 +119,8 @@ def drift_notes(found: dict[str, Any]) -> list[str]:
 
 def _columns(rows: Dataset) -> dict[str, np.ndarray]:
     names = ("num_supervised", "num_cut", "num_supervised_cut")
-    return {**{name: column(rows, name) for name in names}, "tokens": token_counts(rows)}
+    lengths = {"tokens": token_counts(rows), "sequence": sequence_lengths(rows)}
+    return {**{name: column(rows, name) for name in names}, **lengths}
 
 
 def _description(split: str, columns: dict[str, np.ndarray], parts: list[Part]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class StepData(LightningDataModule):
         cap = self.options.length_cap
         choices = choose(
             self.lengths("train"),
-            longest_row=prepared.facts["audit"]["length"]["max"],
+            longest_row=prepared.facts["audit"]["longest_sequence"],
             max_length=prepared.max_length,
             length_cap=cap,
         )
