@@ -10,6 +10,7 @@ import torch
 from harness import CommandLine, Outcome, write_rows
 from lora_runs import STOP
 from peft import PeftModel
+from processes import TWO, start
 from safetensors.torch import load_file
 from small_models import save_small_model
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from fine_tune.model_config import load_config
 from fine_tune.models import load_model
 from fine_tune.modules.pairs import can_share, pair_logps
 
+NO_CACHE = ["--data.cache_dir"]  # of its own: both processes compute the reference
 LORA = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "v_proj"]']
 
 
@@ -85,6 +87,16 @@ def test_prefix_sharing_and_micro_batches_change_nothing(
     ]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(
+    command_line: CommandLine, dpo_args: list[str], tmp_path: Path
+) -> None:
+    single = command_line("fit", *dpo_args, "--name", "single")
+    process = start([*dpo_args, *TWO, "--name", "together", *NO_CACHE, str(tmp_path)], tmp_path)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert losses(single, "together") == pytest.approx(losses(single, "single"), rel=1e-5)
 
 
 @pytest.mark.parametrize("trained", [[], LORA], ids=["full", "lora"])
