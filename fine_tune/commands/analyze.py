@@ -48,6 +48,8 @@ def analyze(settings: list[str], show: int) -> None:
     chosen = ["fit would choose", *(f"  {line}" for line in summary.choices(run.chosen))]
     noticed = ["noticed", *(f"  {line}" for line in run.plan.notes)]
     parts = [_of_train(audit, run.plan), _of_splits(audit), _leakage(audit["leakage"])]
+    if audit["preferences"]:
+        parts.insert(1, _preferences(audit["preferences"]))
     for part in [*parts, chosen if run.chosen else [], noticed if run.plan.notes else []]:
         for line in part:
             console.print(line)
@@ -88,6 +90,17 @@ def _of_train(audit: dict[str, Any], plan: DataPlan) -> Iterator[str]:
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         bar = "\u2588" * round(BAR_WIDTH * count / max(counts))
         yield f"  {low:>8,.0f} \u2013{high - 1:>7,.0f}  {count:>8,}  {bar}"
+
+
+def _preferences(found: dict[str, Any]) -> Iterator[str]:
+    yield "training pairs"
+    yield f"  prompts      {found['num_prompts']:,}, at most {found['most_pairs_of_a_prompt']:,} pairs of one"
+    yield f"  chosen       {_statistics(found['chosen_length'])}"
+    yield f"  rejected     {_statistics(found['rejected_length'])}"
+    yield (
+        f"  length bias  'always the longer' is right for {found['longer_chosen']:.1%} of the pairs that differ in "
+        f"length ({found['same_length']:.1%} do not)"
+    )
 
 
 def _of_splits(audit: dict[str, Any]) -> Iterator[Any]:

@@ -13,14 +13,15 @@ def shown_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: st
     """Lay out an encoded row.
 
     Args:
-        row: With ``input_ids``, ``labels`` and ``num_supervised``.
+        row: As the cache holds it: ``input_ids``, ``labels``, ``num_supervised`` ...
         tokenizer: Turns ids into text.
         title: Stands before the counts.
     """
     special = set(tokenizer.all_special_ids)
     shown = Text(f"{title}: {len(row['input_ids'])} tokens, ")
     shown.append(f"supervised {row['num_supervised']}", style="bold green").append("\n")
-    for ids, supervised in _runs(row["input_ids"], row["labels"]):
+    second = row["num_prompt"] + row["num_chosen"]  # where a pair's rejected answer begins
+    for ids, supervised in _runs(row["input_ids"], row["labels"], second):
         stop = supervised and ids[-1] in special
         text = printable(str(tokenizer.decode(ids[:-1] if stop else ids)), keep="\n\t")
         shown.append(
@@ -37,10 +38,11 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
-def _runs(input_ids: list[int], labels: list[int]) -> Iterator[tuple[list[int], bool]]:
+def _runs(input_ids: list[int], labels: list[int], second: int) -> Iterator[tuple[list[int], bool]]:
     start = 0
     for end in range(1, len(labels) + 1):
         supervised = labels[start] != IGNORE_INDEX
-        if end == len(labels) or (labels[end] != IGNORE_INDEX) != supervised:
+        ends = end in (second, len(labels))
+        if ends or (labels[end] != IGNORE_INDEX) != supervised:
             yield input_ids[start:end], supervised
             start = end

@@ -15,6 +15,7 @@ from fine_tune.data.parts import Part
 
 PERCENTILES = {"p90": 90, "p95": 95, "p99": 99}
 NUM_BINS = 12
+MOST_BY_LENGTH = 0.65  # of the pairs may be told by their length without a word
 
 
 def audit(
@@ -48,6 +49,7 @@ def audit(
         "supervised_length": length_statistics(train["num_supervised"][kept]),
         "truncated_rows_share": float((train["num_cut"][kept] > 0).mean()),
         "supervised_tokens_lost_share": lost / (lost + supervised),
+        "preferences": preferences(encoded["train"], parts),
         "repeated_rows": leakage.within["train"],
         "leakage": leakage.as_dict(),
         "splits": {split: _description(split, c, parts) for split, c in columns.items()},
@@ -72,6 +74,44 @@ def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
         "max": int(lengths.max()),
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
+
+
+def preferences(rows: Dataset, parts: list[Part]) -> dict[str, Any]:
+    """Describe the pairs among training rows: how long both answers are, and how far length alone tells the better one.
+
+    Returns:
+        Empty without pairs. ``longer_chosen`` is the share of the pairs whose chosen answer is the longer one, of all
+        whose answers differ in length: how often "always the longer" is right.
+    """
+    num_prompt, chosen = column(rows, "num_prompt"), column(rows, "num_chosen")
+    pairs = chosen > 0
+    if not pairs.any():
+        return {}
+    rejected = (token_counts(rows) - num_prompt - chosen)[pairs]
+    chosen = chosen[pairs]
+    prompts = np.concatenate([part.prompts for part in parts if part.split == "train"])
+    _, of_prompt = np.unique(prompts, return_counts=True)
+    differ = chosen != rejected
+    return {
+        "chosen_length": length_statistics(chosen),
+        "rejected_length": length_statistics(rejected),
+        "longer_chosen": float((chosen > rejected)[differ].mean()) if differ.any() else 0.5,
+        "same_length": float((~differ).mean()),
+        "num_prompts": len(of_prompt),
+        "most_pairs_of_a_prompt": int(of_prompt.max()),
+    }
+
+
+def preference_notes(found: dict[str, Any]) -> list[str]:
+    """Say where length alone tells the chosen answer."""
+    share = found.get("longer_chosen", 0.5)
+    if 1 - MOST_BY_LENGTH <= share <= MOST_BY_LENGTH:
+        return []
+    which, often = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
+    return [
+        f"WARNING: 'always the {which} answer' is right for {often:.0%} of the training pairs: what is learned may be "
+        "length; model.ld_alpha below 1 weighs the ends of longer answers less"
+    ]
 
 
 def drift(train: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Any]:

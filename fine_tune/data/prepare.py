@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.data.audit import audit, drift_notes
+from fine_tune.data.audit import audit, drift_notes, preference_notes
 from fine_tune.data.choices import longest_up_to_128
 from fine_tune.data.encode import Encoder
 from fine_tune.data.encode_rows import column, encode_part, sequence_lengths
@@ -78,6 +78,7 @@ def _prepare(
             return max_length  # another model's positions led to the same tokens
         found_out = audit(encoded, parts, leakage, split.num_empty)
         notes += [*leakage_notes(leakage), *drift_notes(found_out["drift"])]
+        notes += preference_notes(found_out["preferences"])
         notes += _truncation_notes(encoded, max_length, options)
         facts: dict[str, Any] = {"notes": notes, "audit": found_out}
         facts["test_rows"] = row_digests(part for part in parts if part.split == "test")

@@ -232,3 +232,17 @@ def test_rows_without_pairs_are_named(
     refused = command_line("fit", *dpo_args)
     assert refused.code == 2
     assert "pairs have the fields 'chosen' and 'rejected' (and 'prompt')" in refused.err
+
+
+def test_analyze_tells_how_far_length_alone_goes(
+    command_line: CommandLine, dpo_args: list[str]
+) -> None:
+    outcome = command_line("analyze", *dpo_args, "--show", "1")
+    assert outcome.code == 0, outcome.err
+    assert "at most " in outcome.out and " pairs of one" in outcome.out
+    assert "'always the longer' is right for 0.0% of the pairs that differ in length" in outcome.out
+    assert (
+        "WARNING: 'always the shorter answer' is right for 100% of the training pairs"
+        in outcome.out
+    )
+    assert outcome.out.count("[stop ") == 2  # of both answers
