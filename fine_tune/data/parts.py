@@ -8,6 +8,7 @@ from datasets import Dataset
 from fine_tune.data.content import own_words
 from fine_tune.data.files import fields_of, rows_of
 from fine_tune.data.formats import (
+    PREFERENCE,
     EmptyCompletion,
     Row,
     RowError,
@@ -109,7 +110,8 @@ def split_sources(found: list[tuple[Source, dict[str, Dataset]]], options: Optio
         p.take(np.arange(min(len(p.rows), options.max_rows.get(p.split, len(p.rows)))))
         for p in parts
     ]
-    return SplitRows(limited, num_empty, _notes(to_split, options, num_empty))
+    pairs = any(part.format_name == PREFERENCE for part in read)
+    return SplitRows(limited, num_empty, _notes(to_split, options, num_empty, pairs))
 
 
 def shared_prompts(parts: list[Part]) -> list[str]:
@@ -205,10 +207,11 @@ def _sides(parts: list[Part], sizes: dict[str, float], stratified: bool) -> list
     return np.split(sides, np.cumsum([len(part.rows) for part in parts])[:-1])
 
 
-def _notes(to_split: list[Part], options: Options, num_empty: int) -> list[str]:
+def _notes(to_split: list[Part], options: Options, num_empty: int, pairs: bool) -> list[str]:
     notes = []
     if num_empty:
-        notes.append(f"{num_empty:,} rows with an empty completion left out")
+        why = "an empty answer, or twice the same," if pairs else "an empty completion"
+        notes.append(f"{num_empty:,} rows with {why} left out")
     by_field = [key for key in ("group_by", "stratify_by") if getattr(options, key)]
     if not to_split:
         notes += [f"WARNING: data.{key} has no effect: no rows are split here" for key in by_field]

@@ -246,3 +246,16 @@ def test_analyze_tells_how_far_length_alone_goes(
         in outcome.out
     )
     assert outcome.out.count("[stop ") == 2  # of both answers
+
+
+def test_pairs_that_teach_nothing_are_refused_or_left_out_and_counted(
+    command_line: CommandLine, dpo_args: list[str], tmp_path: Path
+) -> None:
+    with open(tmp_path / "pairs.jsonl", "a") as handle:
+        handle.write(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
+    refused = command_line("fit", *dpo_args)
+    assert refused.code == 2
+    assert "pairs.jsonl:51: chosen and rejected are the same" in refused.err
+    dropped = command_line("fit", *dpo_args, "--data.empty_completions", "drop")
+    assert dropped.code == 0, dropped.err
+    assert "1 rows with an empty answer, or twice the same, left out" in dropped.out
