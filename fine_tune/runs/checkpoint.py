@@ -113,10 +113,8 @@ def read_state(folder: Path, check: WholeCheck | None = None) -> dict[str, Any]:
         check = WholeCheck(folder)
     try:
         state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
-    except Exception:
-        check.wait()  # says it better
-        raise
-    check.wait()
+    finally:
+        check.wait()  # damage explains whatever went wrong in reading
     return {**state, "state_dict": {}, "folder": str(folder)}
 
 

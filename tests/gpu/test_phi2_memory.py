@@ -20,7 +20,10 @@ PHI_2 = {
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="measures the memory of a CUDA device, and there is none",
+    ),
 ]
 
 
