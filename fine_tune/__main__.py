@@ -26,6 +26,10 @@ VERBS = {
         "fine_tune.commands.make_qa:make_qa",
         "write question-answer rows and their tokenizer from facts",
     ),
+    "make-preferences": (
+        "fine_tune.commands.make_preferences:make_preferences",
+        "write pairs of a right and a worse answer from the same facts",
+    ),
 }
 HELP_FLAGS = ("-h", "--help", "help")
 

@@ -16,16 +16,21 @@ from peft import (
     replace_lora_weights_loftq,
     set_peft_model_state_dict,
 )
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fine_tune.errors import UserError
+from fine_tune.models import AUTO_CLASSES, Head
 
 # What peft changes of the base when it makes the adapter, it changes again when it opens the saved one.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora")
+SHAPE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+TASKS = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}  # by the latter peft trains the scalar head as well
 NEVER_ADAPTED = ("experts", "router", "gate", "shared_expert_gate")  # routing, and fused experts
 
 
-def add_lora(model: PreTrainedModel, lora: Any, weights: str | None = None) -> Any:
+def add_lora(
+    model: PreTrainedModel, lora: Any, weights: str | None = None, head: Head = "lm"
+) -> Any:
     """Wrap a model in trainable LoRA adapters and freeze the rest.
 
     Args:
@@ -33,12 +38,13 @@ def add_lora(model: PreTrainedModel, lora: Any, weights: str | None = None) -> A
         lora: A ``peft.LoraConfig``; its target names must exist in the model. ``init_lora_weights: loftq`` makes the
             first adapter what 4 bits lost of the weights (LoftQ, arXiv 2310.08659); saved, it is an ordinary one.
         weights: Folder or hub name of the unquantized weights; LoftQ compares with them.
+        head: The model's; a scalar one is trained beside the adapters.
 
     Raises:
         UserError: Targets that do not exist, with the linear layers that do.
     """
     lora = copy.deepcopy(lora)
-    lora.task_type = "CAUSAL_LM"
+    lora.task_type = TASKS[head]
     loftq = lora.init_lora_weights == "loftq"
     if loftq:
         lora.init_lora_weights, lora.loftq_config = True, {}
@@ -68,8 +74,7 @@ def auto_lora(config: PreTrainedConfig) -> LoraConfig:
     Up to 0.6B weights r 8 and alpha 16; up to 3B 16 and 32; above, the same with rank-stabilised scaling (rsLoRA,
     arXiv 2312.03732); from 6B 32 and 64 with rsLoRA. No dropout.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    model = _shape_of(config, "lm")
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     rank = 8 if billions <= 0.6 else 16 if billions < 6 else 32
     targets = [name for name in linear_layer_names(model) if name not in NEVER_ADAPTED]
@@ -89,21 +94,26 @@ def auto_lora(config: PreTrainedConfig) -> LoraConfig:
     return lora
 
 
-def check_lora(config: PreTrainedConfig, lora: Any) -> None:
+def check_lora(config: PreTrainedConfig, lora: Any, head: Head = "lm") -> None:
     """Try LoRA on the model's shape, without weights or memory.
 
     Raises:
         UserError: Targets that do not exist, with the linear layers that do, or an initialisation that goes wrong.
     """
+    model = _shape_of(config, head)
+    kinds = {type(module).__name__ for module in model.modules()}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        kinds = {type(module).__name__ for module in model.modules()}
         if lora.init_lora_weights == "olora" and "Conv1D" in kinds:
             raise UserError(
                 "model.lora.init_lora_weights: olora is not possible on Conv1D layers like GPT-2's: peft takes their "
                 "inputs for outputs; take pissa"
             )
-        add_lora(model, lora)
+        add_lora(model, lora, head=head)
+
+
+def _shape_of(config: PreTrainedConfig, head: Head) -> Any:
+    with torch.device("meta"):
+        return AUTO_CLASSES[head].from_config(copy.deepcopy(config))
 
 
 def keep_trained_in_float32(model: torch.nn.Module) -> None:
@@ -129,6 +139,33 @@ def linear_layer_names(model: torch.nn.Module) -> list[str]:
         if type(m).__name__ in kinds and m is not head
     }
     return sorted(names)
+
+
+def saved_lora(folder: str | Path) -> LoraConfig:
+    """Read the settings of the adapter in a folder, as ones to train on with."""
+    lora = LoraConfig.from_pretrained(str(folder))
+    lora.inference_mode = False
+    lora.base_model_name_or_path = None
+    return lora
+
+
+def other_shape(lora: Any, folder: str | Path) -> str | None:
+    """Say in what LoRA settings differ from those of the adapter in a folder, if their weights do not fit."""
+    saved = saved_lora(folder)
+    for field in SHAPE:
+        if getattr(saved, field) != getattr(lora, field):
+            return (
+                f"{field} {getattr(saved, field)!r}, and the config gives {getattr(lora, field)!r}"
+            )
+    targets = [_listed(of.target_modules) for of in (saved, lora)]
+    if lora.target_modules is not None and targets[0] != targets[1]:
+        return f"target_modules {targets[0]}, and the config gives {targets[1]}"
+    return None
+
+
+def go_on_with_adapter(model: Any, folder: Path) -> None:
+    """Put the weights of a folder's adapter into a model's, of the same shape; a new scalar head stays as it is."""
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
 
 
 def restore_weights(model: Any, folder: Path, *, same_base: bool = False) -> None:
@@ -160,10 +197,14 @@ def restore_weights(model: Any, folder: Path, *, same_base: bool = False) -> Non
         model.tie_weights()
 
 
+def _listed(targets: Any) -> list[str]:
+    return [targets] if isinstance(targets, str) else sorted(targets or [])
+
+
 def _restore_adapter(model: Any, folder: Path, same_base: bool) -> None:
     saved = json.loads((folder / "adapter_config.json").read_text())
     now = model.active_peft_config
-    fields = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"]
+    fields = list(SHAPE)
     if not same_base:
         fields.insert(0, "base_model_name_or_path")
     inits = (saved.get("init_lora_weights"), now.init_lora_weights)

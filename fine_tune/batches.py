@@ -29,7 +29,7 @@ class PreferenceBatch(TypedDict):
 
     A row of ``input_ids_BT`` holds a prompt, the chosen answer and the rejected answer, one after the other;
     ``labels_BT`` is aligned with it, not shifted. The first ``num_prompt`` tokens are the prompt's, the next
-    ``num_chosen`` those of the chosen answer; ``lengths`` counts all three.
+    ``num_chosen`` those of the chosen answer; ``lengths`` counts all three. ``margins`` are the data's, 0 without.
     """
 
     input_ids_BT: Tensor
@@ -37,6 +37,7 @@ class PreferenceBatch(TypedDict):
     lengths: list[int]
     num_prompt: list[int]
     num_chosen: list[int]
+    margins: list[float]
     row_ids: list[int]
 
 

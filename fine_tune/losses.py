@@ -124,6 +124,16 @@ def orpo_loss(chosen_mean_B: Tensor, rejected_mean_B: Tensor, *, beta: float) ->
     return -chosen_mean_B - beta * F.logsigmoid(odds_B)
 
 
+def bradley_terry_loss(
+    chosen_B: Tensor, rejected_B: Tensor, *, margins_B: Tensor | float = 0.0, center: float = 0.0
+) -> Tensor:
+    """Bradley-Terry: ``-log sigmoid(c - r - m) + center (c + r)^2`` of two rewards.
+
+    The margin m is Llama 2's (arXiv 2307.09288, eq. 2), the second term that of arXiv 2312.09244.
+    """
+    return -F.logsigmoid(chosen_B - rejected_B - margins_B) + center * (chosen_B + rejected_B) ** 2
+
+
 def _log1mexp(x: Tensor) -> Tensor:
     """``log(1 - exp(x))`` for x below 0, kept finite at 0."""
     x = x.clamp(max=-1e-7)

@@ -36,6 +36,7 @@ def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[st
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or exists:
         raise UserError(
             f"{key}: folder '{name}' does not exist; give a model folder or a hub name like 'owner/name'"
+            f"{_how_to_make(Path(name))}"
         )
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
@@ -208,6 +209,13 @@ def first_line(error: BaseException) -> str:
     """Return what an error says first, or its name."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _how_to_make(folder: Path) -> str:
+    config = Path("configs") / f"{folder.parent.name}.yaml"  # runs/<name>/version_N
+    if not folder.name.startswith("version_") or not config.is_file():
+        return ""
+    return f"; it would be a run, make it first: python -m fine_tune fit --config {config}"
 
 
 def _folder_of_run(key: str, folder: Path) -> str:

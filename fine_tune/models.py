@@ -1,4 +1,5 @@
-"""Load a causal language model and its tokenizer from a folder, a hub name or a config; quantize.
+"""Load a model (a causal language model, or one with a scalar head) and its tokenizer from a folder, a hub name or a
+config; quantize.
 
 Nothing here executes downloaded code or unpickles weights. Every check that needs no weights runs first.
 """
@@ -6,13 +7,14 @@ Nothing here executes downloaded code or unpickles weights. Every check that nee
 import copy
 import logging
 import sys
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -29,6 +31,11 @@ from fine_tune.model_config import (
 )
 
 log = logging.getLogger("fine_tune")
+Head = Literal["lm", "score"]  # next-token logits, or one number per sequence
+AUTO_CLASSES: dict[str, Any] = {
+    "lm": AutoModelForCausalLM,
+    "score": AutoModelForSequenceClassification,
+}
 if not sys.stderr.isatty():
     transformers.utils.logging.disable_progress_bar()
 
@@ -64,6 +71,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     quantization: BitsAndBytesConfig | None = None,
+    head: Head = "lm",
 ) -> PreTrainedModel:
     """Load weights in safetensors, or initialise them at random when ``name`` is None.
 
@@ -75,6 +83,7 @@ def load_model(
         attn_implementation: ``sdpa``, ``eager``, ... or None for the model's default.
         quantization: What ``quantization_config`` made, or None; the weights are quantized shard by shard. Of a
             checkpoint that is quantized already it decides only the type that its weights are multiplied in.
+        head: A scalar head (``score``) that the weights do not have starts at random.
 
     Raises:
         UserError: Weights that do not fit the config.
@@ -84,7 +93,7 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if name is None:
-        return AutoModelForCausalLM.from_config(config, **options)
+        return cast(PreTrainedModel, AUTO_CLASSES[head].from_config(config, **options))
     stored = stored_quantization(config)
     if quantization is not None and stored is None:
         options["quantization_config"] = quantization
@@ -99,13 +108,17 @@ def load_model(
                 f"model.model_name_or_path: '{name}' holds an adapter, which cannot be merged into quantized weights "
                 "without a loss; leave model.quantization out, or give a full model"
             )
-        whole = load_model(config, base, dtype=dtype, attn_implementation=attn_implementation)
-        merged: Any = PeftModel.from_pretrained(whole, source)
+        whole: Any = load_model(
+            config, base, dtype=dtype, attn_implementation=attn_implementation, head=head
+        )
+        kind = PeftConfig.from_pretrained(source)
+        kind.task_type = None  # of any kind of head
+        merged: Any = PeftModel.from_pretrained(whole, source, config=kind)
         model = merged.merge_and_unload()
         model.name_or_path = source  # what an adapter trained on it names as its base
         return cast(PreTrainedModel, model)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AUTO_CLASSES[head].from_pretrained(
             source,
             config=config,
             revision=commit or "main",
@@ -119,14 +132,16 @@ def load_model(
             f"model.model_name_or_path: weights of '{name}': {first_line(error)}"
         ) from error
     model, info = loaded
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if _new_head(head) & set(info["missing_keys"]):
+        log.info("a new scalar head: '%s' has none, so its weights start at random", name)
+    missing = sorted(set(info["missing_keys"]) - _new_head(head))
+    if missing:
         raise UserError(
             f"model.model_name_or_path: '{name}' lacks {len(missing)} of the weights its config asks for "
             f"(first: {missing[0]}); they would have been random"
         )
-    if info["unexpected_keys"]:
-        unused = sorted(info["unexpected_keys"])
+    unused = sorted(info["unexpected_keys"])
+    if unused and not (head == "score" and all(key.startswith("lm_head") for key in unused)):
         log.info(
             "WARNING: %d weights of '%s' are not used by its config (first: %s)",
             len(unused),
@@ -139,21 +154,30 @@ def load_model(
     return cast(PreTrainedModel, model)
 
 
-def quantization_config(kind: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(
+    kind: str, compute_dtype: torch.dtype, head: Head = "lm"
+) -> BitsAndBytesConfig:
     """Describe how to quantize the linear layers; embeddings and head keep the model's dtype.
 
     Args:
         kind: ``nf4`` or ``fp4`` (4 bit, with the scales quantized once more, QLoRA, arXiv 2305.14314), or ``int8``.
         compute_dtype: Type that 4-bit weights are multiplied in.
+        head: The model's.
     """
+    kept = ["score"] if head == "score" else None  # None: what the model's class says is its head
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=kept,
     )
+
+
+def _new_head(head: Head) -> set[str]:
+    return {"score.weight"} if head == "score" else set()
 
 
 def _cast_unquantized(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -1,4 +1,7 @@
-"""Answers in the model's own words: validation rows before training and at the end, test rows at the test."""
+"""Answers in the model's own words: validation rows before training and at the end, test rows at the test.
+
+Of pairs also the log-odds: how much likelier the model finds the chosen answer than the rejected one.
+"""
 
 import json
 import logging
@@ -40,16 +43,16 @@ class Generations(Callback):
         self._warned = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0 and self._has(trainer, "validation"):
+        if trainer.global_step == 0 and self.asks(trainer, pl_module):
             self._answer(trainer, pl_module, "validation", "before", self.rows)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate" and self._has(trainer, "validation"):
+        if trainer.state.fn == "validate" and self.asks(trainer, pl_module):
             self._answer(trainer, pl_module, "validation", _stage(trainer, "after"), self.rows)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         limit = len(data_of(trainer).rows("test")) if self.test_rows == "all" else self.test_rows
-        if limit:
+        if limit and cast(Any, pl_module).can_generate:
             answers = self._answer(trainer, pl_module, "test", _stage(trainer, "test"), int(limit))
             if trainer.is_global_zero:
                 share = sum(answer["exact_match"] for answer in answers) / len(answers)
@@ -60,8 +63,10 @@ class Generations(Callback):
                     len(answers),
                 )
 
-    def _has(self, trainer: Trainer, split: str) -> bool:
-        return self.rows > 0 and split in plan_of(trainer).num_rows
+    def asks(self, trainer: Trainer, pl_module: Any) -> bool:
+        """Say whether validation rows are answered."""
+        known = plan_of(trainer).num_rows
+        return self.rows > 0 and bool(pl_module.can_generate) and "validation" in known
 
     def _answer(
         self, trainer: Trainer, pl_module: LightningModule, split: str, stage: str, limit: int
@@ -80,18 +85,18 @@ class Generations(Callback):
             prompt_ids, expected_ids = prompt_and_answer(row)
             if expected_ids[-1] in special:
                 stop_ids.add(expected_ids.pop())
-            questions.append(
-                {
-                    "stage": stage,
-                    "row_id": row["row_id"],
-                    "prompt": data.tokenizer.decode(prompt_ids, skip_special_tokens=True),
-                    "expected": data.tokenizer.decode(
-                        expected_ids, skip_special_tokens=True
-                    ).strip(),
-                    "max_new_tokens": self.max_new_tokens,
-                    "prompt_ids": prompt_ids,
-                }
-            )
+            question = {
+                "stage": stage,
+                "row_id": row["row_id"],
+                "prompt": data.tokenizer.decode(prompt_ids, skip_special_tokens=True),
+                "expected": _text(data.tokenizer, expected_ids),
+                "max_new_tokens": self.max_new_tokens,
+                "prompt_ids": prompt_ids,
+            }
+            if row["num_chosen"]:
+                rejected = row["input_ids"][row["num_prompt"] + row["num_chosen"] :]
+                question["rejected"] = _text(data.tokenizer, rejected)
+            questions.append(question)
         asked = sorted(
             (q for q in questions if _key(q) not in known), key=lambda q: len(q["prompt_ids"])
         )
@@ -99,15 +104,29 @@ class Generations(Callback):
             batch = asked[start : start + BATCH_ROWS]
             prompts = [q["prompt_ids"] for q in batch]
             written = cast(Any, pl_module).generate(prompts, self.max_new_tokens, sorted(stop_ids))
+            log_odds = self._log_odds(trainer, pl_module, rows, batch)
             answers = []
             for question, ids in zip(batch, written, strict=True):
                 answer = {k: v for k, v in question.items() if k != "prompt_ids"}
-                answer["answer"] = data.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answer["answer"] = _text(data.tokenizer, ids)
                 answer["exact_match"] = answer["answer"] == answer["expected"]
+                if question["row_id"] in log_odds:
+                    answer["log_odds"] = round(log_odds[question["row_id"]], 4)
                 known[_key(answer)] = answer
                 answers.append(json.dumps(answer, ensure_ascii=False) + "\n")
             self._keep(file, answers)
         return [known[_key(question)] for question in questions]
+
+    def _log_odds(
+        self, trainer: Trainer, pl_module: Any, rows: list[Any], asked: list[Any]
+    ) -> dict[int, float]:
+        ids = {question["row_id"] for question in asked if "rejected" in question}
+        pairs = [row for row in rows if row["row_id"] in ids]
+        if not pairs:
+            return {}
+        batch = data_of(trainer).make_batch(pairs)
+        batch = trainer.strategy.batch_to_device(batch, device=pl_module.device)
+        return dict(pl_module.log_odds(batch))
 
     def _keep(self, file: Path, lines: list[str]) -> None:
         try:
@@ -155,12 +174,20 @@ def read_generations(file: Path) -> list[dict[str, Any]]:
 def before_after_table(answers: list[dict[str, Any]], after: str) -> list[str]:
     """Lay out the answers before training and at stage ``after`` side by side, as text lines."""
     before = {(a["row_id"], a["prompt"]): a for a in answers if a["stage"] == "before"}
+    of_stage = sorted((a for a in answers if a["stage"] == after), key=lambda a: a["row_id"])
+    pairs = any("rejected" in answer for answer in of_stage)
     rows: list[tuple[str, ...]] = [("asked", "expected", "before", "after")]
-    for answer in sorted((a for a in answers if a["stage"] == after), key=lambda a: a["row_id"]):
-        earlier = before.get((answer["row_id"], answer["prompt"]), {}).get("answer", "")
-        texts = [_line(answer["expected"]), _line(earlier), _line(answer["answer"])]
-        rows.append((_end(_line(answer["prompt"])), *(_beginning(text) for text in texts)))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    if pairs:
+        rows = [("asked", "chosen", "rejected", "before", "after", "log-odds")]
+    for answer in of_stage:
+        earlier = before.get((answer["row_id"], answer["prompt"]), {})
+        names = ("expected", "rejected") if pairs else ("expected",)
+        texts = [answer.get(name, "") for name in names] + [earlier.get("answer", "")]
+        texts = [_beginning(_line(text)) for text in [*texts, answer["answer"]]]
+        odds = [f"{a['log_odds']:+.2f}" for a in (earlier, answer) if "log_odds" in a]
+        texts += [" to ".join(odds)] if pairs else []
+        rows.append((_end(_line(answer["prompt"])), *texts))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
@@ -170,6 +197,10 @@ def before_after_table(answers: list[dict[str, Any]], after: str) -> list[str]:
 def _stage(trainer: Trainer, name: str) -> str:
     checkpoint = Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else "untrained"
     return f"{name} {checkpoint}"
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _line(text: str) -> str:

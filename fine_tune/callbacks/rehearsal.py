@@ -114,7 +114,7 @@ def _worst_validation(trainer: Trainer, pl_module: Any, data: Any) -> None:
 
 def _worst_answers(trainer: Trainer, pl_module: Any, data: Any) -> None:
     asked = next((c for c in trainer.callbacks if isinstance(c, Generations)), None)  # type: ignore[attr-defined]
-    if asked is None or asked.rows == 0 or not trainer.is_global_zero:
+    if asked is None or not asked.asks(trainer, pl_module) or not trainer.is_global_zero:
         return
     rows = data.rows("validation")
     prompts = [prompt_and_answer(row)[0] for row in rows.select(range(min(asked.rows, len(rows))))]

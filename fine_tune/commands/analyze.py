@@ -73,7 +73,8 @@ def _of_train(audit: dict[str, Any], plan: DataPlan) -> Iterator[str]:
         sealed = f"   sealed: {plan.test_hash[:8]}" if name == "test" and plan.test_hash else ""
         yield f"{name:<13}{counts:>9,} rows{sealed}"
     if empty:
-        yield f"{'empty':<13}{empty:>9,} rows: fit refuses them, --data.empty_completions drop leaves them out"
+        what = "empty or same" if audit["preferences"] else "empty"
+        yield f"{what:<13}{empty:>9,} rows: fit refuses them, --data.empty_completions drop leaves them out"
     yield ""
     yield "training rows"
     yield f"  tokens       {audit['tokens']:,}, {supervised_share:.1%} of them supervised"
@@ -95,6 +96,14 @@ def _of_train(audit: dict[str, Any], plan: DataPlan) -> Iterator[str]:
 def _preferences(found: dict[str, Any]) -> Iterator[str]:
     yield "training pairs"
     yield f"  prompts      {found['num_prompts']:,}, at most {found['most_pairs_of_a_prompt']:,} pairs of one"
+    yield (
+        f"  left out     {found['empty_answers']:,} pairs with an empty answer, {found['same_answers']:,} with twice "
+        "the same (in all splits)"
+    )
+    yield (
+        f"  cut          one answer of {found['one_answer_cut']:,} pairs, both of {found['both_answers_cut']:,}; "
+        f"turned round by another pair: {found['contradictory']:,}"
+    )
     yield f"  chosen       {_statistics(found['chosen_length'])}"
     yield f"  rejected     {_statistics(found['rejected_length'])}"
     yield (

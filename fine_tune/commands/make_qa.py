@@ -91,12 +91,7 @@ def make_qa(
     tokenizer_paths = [
         folder / "tokenizer" / n for n in ("tokenizer.json", "tokenizer_config.json")
     ]
-    existing = [str(path) for path in [*data_paths.values(), *tokenizer_paths] if path.exists()]
-    if existing and not overwrite:
-        raise UserError(
-            f"These files exist already: {', '.join(existing)}.",
-            "Choose another --output, or replace them with --overwrite true.",
-        )
+    refuse_existing([*data_paths.values(), *tokenizer_paths], overwrite)
     rows = split_rows(Path(facts or QUICKSTART / "facts.yaml"))
     tokenizer_json = _train_tokenizer(rows["train"], vocab_size=tokenizer_vocab_size)
     tokenizer_paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +100,20 @@ def make_qa(
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
     for path, text in zip(tokenizer_paths, (tokenizer_json, _tokenizer_config()), strict=True):
         path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def refuse_existing(files: list[Path], overwrite: bool) -> None:
+    """Refuse to write over files that are there.
+
+    Raises:
+        UserError: Names them, unless they may be replaced.
+    """
+    existing = [str(path) for path in files if path.exists()]
+    if existing and not overwrite:
+        raise UserError(
+            f"These files exist already: {', '.join(existing)}.",
+            "Choose another --output, or replace them with --overwrite true.",
+        )
 
 
 def split_rows(facts: Path) -> dict[str, list[Row]]:
@@ -121,7 +130,7 @@ def split_rows(facts: Path) -> dict[str, list[Row]]:
     Raises:
         UserError: If `facts` is missing or is no such file, or two rows ask the same question.
     """
-    by_relation = [_relation_rows(*item) for item in _read_relations(facts).items()]
+    by_relation = [_relation_rows(*item) for item in read_relations(facts).items()]
     by_question: dict[str, Row] = {}
     for row in (row for rows in by_relation for split in SPLITS for row in rows[split]):
         other = by_question.setdefault(row.question, row)
@@ -142,7 +151,12 @@ def split_rows(facts: Path) -> dict[str, list[Row]]:
     }
 
 
-def _read_relations(facts: Path) -> dict[str, dict[str, Any]]:
+def read_relations(facts: Path) -> dict[str, dict[str, Any]]:
+    """Read a file of relations.
+
+    Raises:
+        UserError: It is missing, or a relation lacks what it needs.
+    """
     try:
         content = yaml.safe_load(facts.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

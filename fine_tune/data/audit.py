@@ -19,7 +19,7 @@ MOST_BY_LENGTH = 0.65  # of the pairs may be told by their length without a word
 
 
 def audit(
-    encoded: dict[str, Dataset], parts: list[Part], leakage: Leakage, num_empty: int
+    encoded: dict[str, Dataset], parts: list[Part], leakage: Leakage, left_out: Counter[str]
 ) -> dict[str, Any]:
     """Count and compare.
 
@@ -27,7 +27,7 @@ def audit(
         encoded: Encoded rows per split, those that the truncation policy leaves out included (without tokens).
         parts: The raw rows behind them.
         leakage: What ``find_leakage`` found.
-        num_empty: Rows left out for an empty completion.
+        left_out: Rows left out for an empty answer (``empty``), or pairs of twice the same (``same``).
 
     Returns:
         Plain numbers, lists and texts, as ``data.json`` holds them.
@@ -39,7 +39,7 @@ def audit(
     return {
         "rows": {split: int((c["num_supervised"] > 0).sum()) for split, c in columns.items()},
         "too_long_rows": int((~kept).sum()),
-        "empty_completions": num_empty,
+        "empty_completions": left_out.total(),
         "tokens": int(train["tokens"].sum()),
         "supervised_tokens": supervised,
         "length": length_statistics(
@@ -49,7 +49,7 @@ def audit(
         "supervised_length": length_statistics(train["num_supervised"][kept]),
         "truncated_rows_share": float((train["num_cut"][kept] > 0).mean()),
         "supervised_tokens_lost_share": lost / (lost + supervised),
-        "preferences": preferences(encoded["train"], parts),
+        "preferences": preferences(encoded["train"], parts, left_out),
         "repeated_rows": leakage.within["train"],
         "leakage": leakage.as_dict(),
         "splits": {split: _description(split, c, parts) for split, c in columns.items()},
@@ -76,12 +76,13 @@ def length_statistics(lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def preferences(rows: Dataset, parts: list[Part]) -> dict[str, Any]:
+def preferences(rows: Dataset, parts: list[Part], left_out: Counter[str]) -> dict[str, Any]:
     """Describe the pairs among training rows: how long both answers are, and how far length alone tells the better one.
 
     Returns:
         Empty without pairs. ``longer_chosen`` is the share of the pairs whose chosen answer is the longer one, of all
-        whose answers differ in length: how often "always the longer" is right.
+        whose answers differ in length: how often "always the longer" is right. ``contradictory`` counts the pairs that
+        another one of the same prompt turns round. Pairs of empty or of equal answers are counted over all splits.
     """
     num_prompt, chosen = column(rows, "num_prompt"), column(rows, "num_chosen")
     pairs = chosen > 0
@@ -92,6 +93,7 @@ def preferences(rows: Dataset, parts: list[Part]) -> dict[str, Any]:
     prompts = np.concatenate([part.prompts for part in parts if part.split == "train"])
     _, of_prompt = np.unique(prompts, return_counts=True)
     differ = chosen != rejected
+    answers_cut = column(rows, "num_answers_cut")[pairs]
     return {
         "chosen_length": length_statistics(chosen),
         "rejected_length": length_statistics(rejected),
@@ -99,19 +101,46 @@ def preferences(rows: Dataset, parts: list[Part]) -> dict[str, Any]:
         "same_length": float((~differ).mean()),
         "num_prompts": len(of_prompt),
         "most_pairs_of_a_prompt": int(of_prompt.max()),
+        "one_answer_cut": int((answers_cut == 1).sum()),
+        "both_answers_cut": int((answers_cut == 2).sum()),
+        "empty_answers": left_out["empty"],
+        "same_answers": left_out["same"],
+        "contradictory": _contradictory(rows),
     }
 
 
+def _contradictory(rows: Dataset) -> int:
+    pairs = set()
+    for row in rows.select_columns(["input_ids", "num_prompt", "num_chosen"]):
+        ids, prompt = row["input_ids"], row["num_prompt"]
+        if row["num_chosen"]:
+            second = prompt + row["num_chosen"]
+            sides = (ids[:prompt], ids[prompt:second], ids[second:])
+            pairs.add(tuple(tuple(side) for side in sides))
+    return sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs)
+
+
 def preference_notes(found: dict[str, Any]) -> list[str]:
-    """Say where length alone tells the chosen answer."""
+    """Say where length alone tells the chosen answer, where answers are cut, and where pairs contradict each other."""
+    notes = []
     share = found.get("longer_chosen", 0.5)
-    if 1 - MOST_BY_LENGTH <= share <= MOST_BY_LENGTH:
-        return []
-    which, often = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
-    return [
-        f"WARNING: 'always the {which} answer' is right for {often:.0%} of the training pairs: what is learned may be "
-        "length; model.ld_alpha below 1 weighs the ends of longer answers less"
-    ]
+    if not 1 - MOST_BY_LENGTH <= share <= MOST_BY_LENGTH:
+        which, often = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
+        notes.append(
+            f"WARNING: 'always the {which} answer' is right for {often:.0%} of the training pairs: what is learned may "
+            "be length; model.ld_alpha below 1 weighs the ends of longer answers less"
+        )
+    one, both = (found.get(f"{which}_cut", 0) for which in ("one_answer", "both_answers"))
+    if one or both:
+        notes.append(
+            f"WARNING: of {one:,} training pairs one answer is cut, of {both:,} both: what is compared are beginnings; "
+            "raise data.max_length, or set data.truncation: prompt_left or drop"
+        )
+    if found.get("contradictory"):
+        notes.append(
+            f"WARNING: {found['contradictory']:,} training pairs are turned round by another one of the same prompt"
+        )
+    return notes
 
 
 def drift(train: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class PreferenceCollator:
             lengths=[len(row["input_ids"]) for row in rows],
             num_prompt=[int(row["num_prompt"]) for row in rows],
             num_chosen=[int(row["num_chosen"]) for row in rows],
+            margins=[float(row["margin"]) for row in rows],
             row_ids=[int(row["row_id"]) for row in rows],
         )
 

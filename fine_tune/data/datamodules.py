@@ -222,7 +222,7 @@ class PreferenceData(StepData):
             listed,
             options,
             collator=PreferenceCollator,
-            columns=("input_ids", "labels", "row_id", "num_prompt", "num_chosen"),
+            columns=("input_ids", "labels", "row_id", "num_prompt", "num_chosen", "margin"),
             settings=LoaderSettings(
                 batch_size=batch_size,
                 max_tokens_per_micro_batch=max_tokens_per_micro_batch,

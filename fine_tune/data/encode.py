@@ -39,7 +39,8 @@ class EncodedRow:
     """Token ids and labels of one row, and how many tokens truncation took away.
 
     Of a pair, the ids are those of the prompt, the chosen answer and the rejected answer, one after the other;
-    ``num_prompt`` and ``num_chosen`` say where one ends (0 for any other row).
+    ``num_prompt`` and ``num_chosen`` say where one ends (0 for any other row). ``problem`` says why nothing of a row
+    can be learned once it is cut.
     """
 
     input_ids: list[int]
@@ -48,6 +49,8 @@ class EncodedRow:
     num_supervised_cut: int = 0
     num_prompt: int = 0
     num_chosen: int = 0
+    num_answers_cut: int = 0
+    problem: str = ""
 
 
 class Encoder:

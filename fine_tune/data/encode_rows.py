@@ -31,6 +31,8 @@ FEATURES = Features(
         "num_supervised_cut": Value("int32"),
         "num_prompt": Value("int32"),  # of a pair, else 0
         "num_chosen": Value("int32"),
+        "num_answers_cut": Value("int32"),
+        "margin": Value("float64"),
     }
 )
 
@@ -52,16 +54,18 @@ def encode_part(part: Part, encoder: Encoder) -> Dataset:
         return locate_row(source, part.found_in, int(part.positions[index]))
 
     def encode_batch(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        segments, kept = [], []
+        segments, kept, margins = [], [], []
         for index, row in zip(indices, rows_of(batch), strict=True):
             try:
                 guarded = encoder.guard(row)
                 if pairs:
                     pair = preference(guarded, source.templates)
                     segments.append(pair_segments(encoder, pair))
+                    margins.append(pair["margin"])
                 else:
                     example = FORMATS[format_name](guarded, source.templates)
                     segments.append([encoder.segments(example)])
+                    margins.append(0.0)
                 kept.append(index)
             except RowError as error:
                 errors.append(f"{where(index)}: {error}")
@@ -73,13 +77,16 @@ def encode_part(part: Part, encoder: Encoder) -> Dataset:
             if pairs
             else encoder.encode([only for (only,) in segments], chat=chat)
         )
-        for row_segments, index, encoded in zip(segments, kept, rows, strict=True):
+        for row_segments, index, encoded, margin in zip(segments, kept, rows, margins, strict=True):
             num_supervised = num_supervised_targets(encoded.labels) if encoded else 0
             if encoded is not None and num_supervised == 0:
                 shown = "".join(s.text for s in row_segments[0])[:300]
+                why = (
+                    encoded.problem
+                    or "no token of this row carries loss, the prompt alone fills it"
+                )
                 raise UserError(
-                    f"{where(index)}: no token of {'one of its answers' if pairs else 'this row'} carries loss within "
-                    f"data.max_length {encoder.max_length}, the prompt alone fills it; raise it, or set "
+                    f"{where(index)}: within data.max_length {encoder.max_length} {why}; raise it, or set "
                     f"data.truncation: prompt_left or drop. The row begins:\n{shown}"
                 )
             columns["input_ids"].append(encoded.input_ids if encoded else [])
@@ -91,6 +98,8 @@ def encode_part(part: Part, encoder: Encoder) -> Dataset:
             columns["num_supervised_cut"].append(encoded.num_supervised_cut if encoded else 0)
             columns["num_prompt"].append(encoded.num_prompt if encoded else 0)
             columns["num_chosen"].append(encoded.num_chosen if encoded else 0)
+            columns["num_answers_cut"].append(encoded.num_answers_cut if encoded else 0)
+            columns["margin"].append(margin)
         return columns
 
     show_progress = sys.stderr.isatty() and len(part.rows) > 2000

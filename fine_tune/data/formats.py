@@ -50,6 +50,10 @@ class EmptyCompletion(RowError):
     """A row with nothing to learn: refused, or left out and counted, as ``data.empty_completions`` says."""
 
 
+class SameAnswers(EmptyCompletion):
+    """A pair whose chosen and rejected answers are the same."""
+
+
 def detect_format(columns: list[str], templates: Templates, where: str) -> str:
     """Name the format of a source from its templates and columns.
 

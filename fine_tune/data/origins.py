@@ -29,7 +29,7 @@ def data_content(
 
     Returns:
         ``data.files`` (each file with its SHA-256), format, weight and templates of each source, the tokenizer, and
-        ``data.training_rows``: a hash of every training row's tokens, labels, id and weight, in order.
+        ``data.training_rows``: a hash of every training row's tokens, labels, id, weight and margin, in order.
     """
     content: dict[str, Any] = {
         "data.files": [file for source in sources for file in _files(source)],
@@ -44,7 +44,7 @@ def data_content(
 
 
 def rows_digest(rows: Dataset) -> str:
-    """Hash encoded rows: their tokens, which of them carry loss, their ids and weights, in order."""
+    """Hash encoded rows: their tokens, which of them carry loss, their ids, weights and margins, in order."""
     digest = hashlib.sha256()
     arrow = rows.with_format("arrow")
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -53,7 +53,7 @@ def rows_digest(rows: Dataset) -> str:
         digest.update(pc.list_value_length(table["labels"]).to_numpy().tobytes())
         digest.update(pc.list_flatten(table["input_ids"]).to_numpy().tobytes())
         digest.update(np.packbits(labels != IGNORE_INDEX).tobytes())
-        for name in ("row_id", "weight"):
+        for name in ("row_id", "weight", "margin"):
             digest.update(table[name].to_numpy().tobytes())
     return digest.hexdigest()
 

@@ -1,5 +1,6 @@
 """Which rows of which source go to which split, before anything is tokenized."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,10 +9,10 @@ from datasets import Dataset
 from fine_tune.data.content import own_words
 from fine_tune.data.files import fields_of, rows_of
 from fine_tune.data.formats import (
-    PREFERENCE,
     EmptyCompletion,
     Row,
     RowError,
+    SameAnswers,
     check_templates,
     detect_format,
 )
@@ -68,10 +69,10 @@ class Part:
 
 @dataclass(frozen=True)
 class SplitRows:
-    """All rows, split; how many were left out for an empty completion; lines the user should read."""
+    """All rows, split; how many were left out (``empty``, or ``same`` answers); lines the user should read."""
 
     parts: list[Part]
-    num_empty: int
+    left_out: Counter[str]
     notes: list[str]
 
 
@@ -86,14 +87,14 @@ def split_sources(found: list[tuple[Source, dict[str, Dataset]]], options: Optio
     Raises:
         UserError: The data does not have what ``split`` asks for, or a row cannot be read.
     """
-    read, first_id, num_empty = [], 0, 0
+    read, first_id, left_out = [], 0, Counter[str]()
     for source, tables in found:
         _check_found(source, tables, options.split)
         for name, rows in tables.items():
             split = "train" if options.split == "none" else name
-            part, empty = _read_part(rows, source, split, name, first_id, options)
+            part, without = _read_part(rows, source, split, name, first_id, options)
             read.append(part)
-            num_empty += empty
+            left_out += without
             first_id += len(rows)
     to_split = [p for p in read if p.found_in == ALL and options.split != "none"]
     sizes = options.split if isinstance(options.split, dict) else DEFAULT_RATIOS
@@ -110,8 +111,7 @@ def split_sources(found: list[tuple[Source, dict[str, Dataset]]], options: Optio
         p.take(np.arange(min(len(p.rows), options.max_rows.get(p.split, len(p.rows)))))
         for p in parts
     ]
-    pairs = any(part.format_name == PREFERENCE for part in read)
-    return SplitRows(limited, num_empty, _notes(to_split, options, num_empty, pairs))
+    return SplitRows(limited, left_out, _notes(to_split, options, left_out))
 
 
 def shared_prompts(parts: list[Part]) -> list[str]:
@@ -153,10 +153,10 @@ def shortened(value: str) -> str:
 
 def _read_part(
     rows: Dataset, source: Source, split: str, found_in: str, first_id: int, options: Options
-) -> tuple[Part, int]:
+) -> tuple[Part, Counter[str]]:
     format_name = _format_of(rows, source)
     positions: list[int] = []
-    groups, prompts, strata, errors, num_empty = [], [], [], [], 0
+    groups, prompts, strata, errors, left_out = [], [], [], [], Counter[str]()
     wanted = options.max_rows.get(split, len(rows))  # all of "all", which is still to be split
     for start in range(0, len(rows), 1000):
         if len(positions) >= wanted:
@@ -172,7 +172,7 @@ def _read_part(
                     stratum = shortened(field_value(row, options.stratify_by, "data.stratify_by"))
             except RowError as error:
                 if isinstance(error, EmptyCompletion) and options.empty_completions == "drop":
-                    num_empty += 1
+                    left_out["same" if isinstance(error, SameAnswers) else "empty"] += 1
                     continue
                 errors.append(f"{locate_row(source, found_in, i)}: {error}{_hint(error)}")
                 if len(errors) == MAX_ROW_ERRORS:
@@ -196,7 +196,7 @@ def _read_part(
         np.array(prompts, dtype=np.uint64),
         np.array(strata, dtype=np.str_),
     )
-    return part, num_empty
+    return part, left_out
 
 
 def _sides(parts: list[Part], sizes: dict[str, float], stratified: bool) -> list[np.ndarray]:
@@ -207,11 +207,9 @@ def _sides(parts: list[Part], sizes: dict[str, float], stratified: bool) -> list
     return np.split(sides, np.cumsum([len(part.rows) for part in parts])[:-1])
 
 
-def _notes(to_split: list[Part], options: Options, num_empty: int, pairs: bool) -> list[str]:
-    notes = []
-    if num_empty:
-        why = "an empty answer, or twice the same," if pairs else "an empty completion"
-        notes.append(f"{num_empty:,} rows with {why} left out")
+def _notes(to_split: list[Part], options: Options, left_out: Counter[str]) -> list[str]:
+    why = {"empty": "with an empty answer", "same": "with twice the same answer"}
+    notes = [f"{left_out[kind]:,} rows {why[kind]} left out" for kind in why if left_out[kind]]
     by_field = [key for key in ("group_by", "stratify_by") if getattr(options, key)]
     if not to_split:
         notes += [f"WARNING: data.{key} has no effect: no rows are split here" for key in by_field]

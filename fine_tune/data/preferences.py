@@ -3,6 +3,7 @@
 A pair is kept as prompt, chosen, rejected: the prompt once, however long it is.
 """
 
+import math
 from typing import Any, TypedDict
 
 from fine_tune.data.encode import EncodedRow, Encoder, Segment, Truncation
@@ -11,6 +12,7 @@ from fine_tune.data.formats import (
     Example,
     Row,
     RowError,
+    SameAnswers,
     Templates,
     field_text,
     fill,
@@ -22,16 +24,21 @@ NEXT_SPEAKER = "\n\nAssistant:"  # of conversations written as one text, like An
 
 
 class Pair(TypedDict):
-    """The two examples of a row; their prompts, or all turns but the last ones, are the same."""
+    """The two examples of a row; their prompts, or all turns but the last ones, are the same.
+
+    ``margin`` is by how much the chosen answer is better, where the data says so; else 0.
+    """
 
     chosen: Example
     rejected: Example
+    margin: float
 
 
 def preference(row: Row, templates: Templates) -> Pair:
     """``prompt``, ``chosen`` and ``rejected``: texts (or templates over any fields), or lists of messages.
 
-    Without a prompt, chosen and rejected are whole conversations, and the prompt is what both begin with.
+    Without a prompt, chosen and rejected are whole conversations, and the prompt is what both begin with. ``margin``, a
+    number, may say by how much the chosen answer is better.
 
     Raises:
         RowError: A field is missing or of the wrong kind, or the two answers are the same or empty.
@@ -51,7 +58,7 @@ def preference(row: Row, templates: Templates) -> Pair:
         prompt = common_prompt(chosen, rejected)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if chosen == rejected:
-        raise EmptyCompletion("chosen and rejected are the same, so there is nothing to prefer")
+        raise SameAnswers("chosen and rejected are the same, so there is nothing to prefer")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not str(answer).strip():
             raise EmptyCompletion(f"the {name} answer is empty")
@@ -60,6 +67,7 @@ def preference(row: Row, templates: Templates) -> Pair:
     return {
         "chosen": {"prompt": prompt, "completion": str(chosen)},
         "rejected": {"prompt": prompt, "completion": str(rejected)},
+        "margin": _margin(row),
     }
 
 
@@ -131,7 +139,7 @@ def encode_pair(
         [(ids[shared:], labels[shared:]) for ids, labels in (chosen, rejected)],
     )
     excess = shared + max(len(ids) for ids, _ in ends) - max_length
-    num_cut = num_lost = 0
+    num_cut = num_lost = num_answers_cut = 0
     if excess > 0 and policy == "drop":
         return None
     if excess > 0 and policy == "prompt_left":
@@ -141,12 +149,18 @@ def encode_pair(
     elif excess > 0:
         room = max(0, max_length - shared)
         num_cut = sum(max(0, len(ids) - room) for ids, _ in ends)
+        num_answers_cut = sum(len(ids) > room for ids, _ in ends)
         num_lost = sum(label != IGNORE_INDEX for _, labels in ends for label in labels[room:])
         ends = [(ids[:room], labels[:room]) for ids, labels in ends]
     supervised = [any(label != IGNORE_INDEX for label in labels) for _, labels in ends]
-    if not all(supervised) or not prompt:
-        return EncodedRow([], [], num_cut, num_lost)
     (chosen_ids, chosen_labels), (rejected_ids, rejected_labels) = ends
+    problem = ""
+    if not all(supervised) or not prompt:
+        problem = "nothing of one of its answers is left"
+    elif num_answers_cut == 2 and chosen_ids == rejected_ids:
+        problem = "both answers are cut, and what is left of them is the same"
+    if problem:
+        return EncodedRow([], [], num_cut, num_lost, problem=problem)
     return EncodedRow(
         prompt + chosen_ids + rejected_ids,
         [IGNORE_INDEX] * len(prompt) + chosen_labels + rejected_labels,
@@ -154,6 +168,7 @@ def encode_pair(
         num_lost,
         num_prompt=len(prompt),
         num_chosen=len(chosen_ids),
+        num_answers_cut=num_answers_cut,
     )
 
 
@@ -176,8 +191,17 @@ def _conversations(row: Row) -> Pair:
             raise RowError(f"'{name}' does not end with an assistant turn")
     chosen, rejected = sides["chosen"]["messages"], sides["rejected"]["messages"]
     if chosen == rejected:
-        raise EmptyCompletion("chosen and rejected are the same, so there is nothing to prefer")
+        raise SameAnswers("chosen and rejected are the same, so there is nothing to prefer")
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if not str(turns[-1].get("content") or "").strip() and not turns[-1].get("tool_calls"):
             raise EmptyCompletion(f"the {name} answer is empty")
-    return {"chosen": sides["chosen"], "rejected": sides["rejected"]}
+    return {"chosen": sides["chosen"], "rejected": sides["rejected"], "margin": _margin(row)}
+
+
+def _margin(row: Row) -> float:
+    value = row.get("margin")
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"the field 'margin' must be a number, got {value!r}")
+    return float(value)

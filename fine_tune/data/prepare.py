@@ -76,7 +76,7 @@ def _prepare(
         _refuse_empty({split: len(of_split) for split, of_split in rows.items()})
         if cache.open(replace(options, max_length=max_length)) is not None:
             return max_length  # another model's positions led to the same tokens
-        found_out = audit(encoded, parts, leakage, split.num_empty)
+        found_out = audit(encoded, parts, leakage, split.left_out)
         notes += [*leakage_notes(leakage), *drift_notes(found_out["drift"])]
         notes += preference_notes(found_out["preferences"])
         notes += _truncation_notes(encoded, max_length, options)

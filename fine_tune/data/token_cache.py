@@ -26,7 +26,7 @@ from fine_tune.data.split import SPLITS
 from fine_tune.errors import UserError
 
 ENCODING_VERSION = (
-    3  # part of the keys: raise it when the same input gives other tokens or other splits
+    4  # part of the keys: raise it when the same input gives other tokens or other splits
 )
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan, StepFailure, data_of, log_interval, plan_of
 from fine_tune.errors import UserError
+from fine_tune.models import Head
 from fine_tune.modules.changed_settings import follow_settings, step_settings
 from fine_tune.modules.checks import warmup_problems
 from fine_tune.modules.evaluation import answer, in_parts, log_evaluation
@@ -97,6 +98,7 @@ class StepModule(LightningModule):
             quantization=quantization,
             lora=lora,
             gradient_checkpointing=gradient_checkpointing,
+            head=self.head,
         )
         problems = [
             *self.model_settings.problems(lora_plus_ratio),
@@ -124,8 +126,14 @@ class StepModule(LightningModule):
 
     # ---- what a subclass says
 
+    head: Head = "lm"  # what its model has on top
     step_metrics: tuple[str, ...] = ()  # what it measures of a training step beside its loss
     evaluation_metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether its model writes answers."""
+        return self.head == "lm"
 
     @abstractmethod
     def loss_count(self, batch: Any) -> int:

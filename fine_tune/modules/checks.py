@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
+from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE, other_shape
 from fine_tune.batches import DataPlan
 from fine_tune.model_config import stored_quantization
 
@@ -81,6 +81,28 @@ def stored_quantization_problems(
     if quantization is None and init in INITS_THAT_CHANGE_THE_BASE:
         problems.append(_changes_quantized(init, stored))
     return problems
+
+
+def continued_adapter_problems(folder: str, lora: Any) -> list[str]:
+    """Say what stands against going on with the adapter in a folder, its base being quantized."""
+    where = f"model.model_name_or_path: '{folder}' holds an adapter, which goes on being trained on its quantized base"
+    if lora is None:
+        return [f"{where}; set model.lora, like auto, which takes its settings over"]
+    if lora == "auto":
+        return []
+    other = other_shape(lora, folder)
+    fix = "set model.lora: auto, or leave quantization out, and it is merged into its base"
+    return [f"{where}; it has {other}: {fix}"] if other else []
+
+
+def score_head_problems(config: PreTrainedConfig) -> list[str]:
+    """Say that transformers has no model with a scalar head of the config's kind, if so."""
+    if type(config) in AutoModelForSequenceClassification._model_mapping:
+        return []
+    return [
+        f"model.model_name_or_path: transformers has no {config.model_type} with a scalar head "
+        "(...ForSequenceClassification); llama, qwen2, qwen3, phi, gpt2, mistral, gemma and others have one"
+    ]
 
 
 def _loftq_problems(lora: Any, quantization: str | None) -> list[str]:

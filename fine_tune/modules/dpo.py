@@ -13,9 +13,12 @@ from fine_tune import losses
 from fine_tune.batches import PreferenceBatch, data_of
 from fine_tune.errors import UserError
 from fine_tune.modules.base import StepModule
+from fine_tune.modules.cached_reference import CachedReference
+from fine_tune.modules.evaluation import in_parts
 from fine_tune.modules.metrics import PREFERENCE_METRICS, PreferenceMetrics
-from fine_tune.modules.pairs import can_share, pair_logps
-from fine_tune.modules.reference import Reference
+from fine_tune.modules.pair_logps import pair_logps
+from fine_tune.modules.pairs import can_share, take_pairs
+from fine_tune.modules.reference import LiveReference, Reference
 
 Loss = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "simpo", "orpo"]
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -37,6 +40,9 @@ class DPO(StepModule):
         simpo_margin: By how much the chosen answer shall win under simpo.
         sft_weight: Weight of the NLL per token of the chosen answer, added to the loss (RPO, arXiv 2404.19733).
         ld_alpha: Weight of what a longer answer has more than the shorter one (LD-DPO, arXiv 2409.06411); 1: all.
+        reference: cached: the reference's log-probabilities are computed once, before the first step, and kept on disk
+            for any other beta, seed or restart. live: at every step, by the same weights with the adapters off; where
+            all weights are trained, by a copy of them.
         prefix_sharing: Compute the prompt once for both answers. None: where the model's attention allows it.
 """,
         )
@@ -53,6 +59,7 @@ class DPO(StepModule):
         simpo_margin: float = 0.5,
         sft_weight: float = 0.0,
         ld_alpha: float = 1.0,
+        reference: Literal["cached", "live"] = "cached",
         prefix_sharing: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -75,6 +82,7 @@ class DPO(StepModule):
         }[loss]
         self.metrics = PreferenceMetrics()
         self.shares_prefix = False
+        self.reference_kind = reference
         self.reference: Reference | None = None
 
     def on_fit_start(self) -> None:
@@ -95,19 +103,33 @@ class DPO(StepModule):
         return loss_B.sum(), *(value_B.detach().float().sum() for value_B in metrics.values())
 
     def take_rows(self, batch: PreferenceBatch, rows: slice) -> PreferenceBatch:
-        longest = batch["lengths"][rows.start]
-        return PreferenceBatch(
-            input_ids_BT=batch["input_ids_BT"][rows, :longest],
-            labels_BT=batch["labels_BT"][rows, :longest],
-            lengths=batch["lengths"][rows],
-            num_prompt=batch["num_prompt"][rows],
-            num_chosen=batch["num_chosen"][rows],
-            row_ids=batch["row_ids"][rows],
-        )
+        return take_pairs(batch, rows)
 
     def evaluate(self, micro_batch: PreferenceBatch) -> None:
         loss_B, metrics = self._losses(micro_batch)
         self.metrics.update(loss_B, *metrics.values())
+
+    def log_odds(self, batch: PreferenceBatch) -> dict[int, float]:
+        """Return how much likelier the model finds each pair's chosen answer than the rejected one, by row id.
+
+        ``log p(chosen) - log p(rejected)``, without dropout.
+        """
+        assert self.model is not None
+        found: dict[int, float] = {}
+
+        def add(pairs: PreferenceBatch) -> None:
+            logps_B2 = pair_logps(self.model, pairs, shared=self.shares_prefix).weighted(1.0)
+            odds_B = logps_B2[:, 0] - logps_B2[:, 1]
+            found.update(zip(pairs["row_ids"], odds_B.tolist(), strict=True))
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                in_parts(self, batch, add)
+        finally:
+            self.model.train(was_training)
+        return found
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each pair, and what else is measured of it, in the order of ``PREFERENCE_METRICS``."""
@@ -135,17 +157,23 @@ class DPO(StepModule):
 
     def _prepare(self, splits: list[str]) -> None:
         if self.prefix_sharing is None:
-            self.shares_prefix = can_share(self.model)
+            self.shares_prefix = can_share(self.model, _logps)
         else:
             self.shares_prefix = self.prefix_sharing
         if self.loss in WITHOUT_REFERENCE:
             return
         if self.reference is None:
-            self.reference = Reference(self, data_of(self.trainer).cache_dir)
+            folder = data_of(self.trainer).cache_dir
+            live = self.reference_kind == "live"
+            self.reference = LiveReference(self) if live else CachedReference(self, folder)
         with torch.no_grad():
             for split in splits:
                 if split in self.plan.num_rows:
                     self.reference.prepare(split)
+
+
+def _logps(model: Any, batch: PreferenceBatch, shared: bool) -> Tensor:
+    return pair_logps(model, batch, shared=shared).weighted(1.0)
 
 
 def _problems(

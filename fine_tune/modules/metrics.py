@@ -53,28 +53,32 @@ class PreferenceMetrics(Metric):
     """Means over the pairs of a split, all ranks together, and the 95 % interval of the accuracy.
 
     Sums are kept in float64 (float32 on devices without it), so that no batch size changes them.
+
+    Args:
+        names: What is measured of a pair beside its loss; ``rewards_accuracy`` among them.
     """
 
     full_state_update = False
     sums: Tensor
     num_pairs: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...] = PREFERENCE_METRICS) -> None:
         super().__init__()
+        self.names = names
         wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
-        zeros = torch.zeros(1 + len(PREFERENCE_METRICS), dtype=wide)
+        zeros = torch.zeros(1 + len(names), dtype=wide)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
         self.add_state("num_pairs", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss_B: Tensor, *measured: Tensor) -> None:
-        """Add pairs: their losses, and what ``PREFERENCE_METRICS`` names, one value each."""
+        """Add pairs: their losses, and what ``names`` names, one value each."""
         values = torch.stack([loss_B, *measured]).to(self.sums.dtype)
         self.sums += values.sum(1)
         self.num_pairs += len(loss_B)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``loss``, ``PREFERENCE_METRICS``, and ``rewards_accuracy_low`` and ``_high`` (Wilson's interval)."""
-        means = dict(zip(("loss", *PREFERENCE_METRICS), self.sums / self.num_pairs, strict=True))
+        """Return ``loss``, ``names``, and ``rewards_accuracy_low`` and ``_high`` (Wilson's interval)."""
+        means = dict(zip(("loss", *self.names), self.sums / self.num_pairs, strict=True))
         low, high = wilson_interval(means["rewards_accuracy"], self.num_pairs)
         return {**means, "rewards_accuracy_low": low, "rewards_accuracy_high": high}
 

@@ -9,10 +9,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from fine_tune import adapters, model_config
 from fine_tune.batches import DataPlan
 from fine_tune.errors import UserError
+from fine_tune.models import Head
 from fine_tune.modules.checks import (
+    continued_adapter_problems,
     lora_problems,
     max_positions,
     plan_problems,
+    score_head_problems,
     source_problems,
     stored_quantization_problems,
 )
@@ -22,8 +25,9 @@ from fine_tune.modules.checks import (
 class ModelSettings:
     """Which model, and how it is loaded, quantized and adapted; the fields are documented where users set them.
 
-    ``check`` fills in what was left to a rule: ``lora: auto``, ``gradient_checkpointing``, and ``quantized``, as asked
-    or as the checkpoint holds it.
+    ``head`` is what the module puts on top. ``check`` fills in what was left to a rule: ``lora: auto``,
+    ``gradient_checkpointing``; ``quantized``, as asked or as the checkpoint holds it; and ``continued_adapter``, the
+    folder of an adapter that training goes on with, because its base is quantized and nothing can be merged into it.
     """
 
     model_name_or_path: str | None
@@ -36,7 +40,9 @@ class ModelSettings:
     quantization: str | None
     lora: LoraConfig | Literal["auto"] | None
     gradient_checkpointing: bool | None
+    head: Head = "lm"
     quantized: str | None = field(init=False)
+    continued_adapter: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.tokenizer = self.tokenizer or self.model_name_or_path
@@ -63,16 +69,36 @@ class ModelSettings:
         config = self.resolved_config(tokenizer)
         problems = stored_quantization_problems(config, self.quantization, self.lora)
         problems += plan_problems(plan, config, num_warmup_steps)
+        problems += score_head_problems(config) if self.head == "score" else []
+        self.quantized = self.quantization or model_config.stored_quantization(config)
+        self.continued_adapter = self._adapter() if self.quantized else None
+        if self.continued_adapter is not None:
+            problems += continued_adapter_problems(self.continued_adapter, self.lora)
         if problems:
             raise UserError(*problems)
-        self.quantized = self.quantization or model_config.stored_quantization(config)
+        if self.continued_adapter is not None and self.lora == "auto":
+            self.lora = adapters.saved_lora(self.continued_adapter)
         if self.gradient_checkpointing is None:
             choice = plan.choices.get("model.gradient_checkpointing")
             self.gradient_checkpointing = choice is not None and bool(choice.value)
         if self.lora == "auto":
             self.lora = adapters.auto_lora(config)
         if self.lora is not None:
-            adapters.check_lora(config, self.lora)
+            adapters.check_lora(config, self.lora, self.head)
+
+    @property
+    def base(self) -> tuple[str | None, str | None]:
+        """The name and revision of the weights that load: of an adapter that training goes on with, its base's."""
+        if self.continued_adapter is None:
+            return self.model_name_or_path, self.revision
+        return model_config.adapter_base(self.continued_adapter), None
+
+    def _adapter(self) -> str | None:
+        if self.model_name_or_path is None:
+            return None
+        key = "model.model_name_or_path"
+        source, _ = model_config.resolve_source(key, self.model_name_or_path, self.revision)
+        return source if model_config.adapter_base(source) is not None else None
 
     def max_positions(self, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
         """Return the longest row the model's positions allow, or None if its config sets no limit."""
@@ -88,4 +114,6 @@ class ModelSettings:
             }
             fields = {"vocab_size": len(tokenizer), **ids, **fields}
         config = model_config.load_config(self.model_name_or_path, self.revision, fields)
+        if self.head == "score":
+            config.num_labels = 1
         return model_config.override_config(config, self.config)

@@ -1,159 +1,130 @@
-"""The reference's log-probabilities of every pair: computed once, without dropout, and kept on disk.
+"""The reference: the model as it was before the run's first step, without dropout and without a second one in memory.
 
-Kept by the weights, the precision and each pair's own tokens, and by nothing else: another beta, seed, learning rate
-or a restart finds them again.
+New adapters are switched off; any other trained weights are put back to where they began, for as long as it takes.
 """
 
-import hashlib
-import json
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fine_tune.batches import PreferenceBatch, data_of
-from fine_tune.modules.evaluation import in_parts
-from fine_tune.modules.pairs import pair_logps
-from fine_tune.modules.run_identity import weights_content
+from fine_tune import adapters
+from fine_tune.batches import PreferenceBatch
+from fine_tune.modules.pair_logps import pair_logps
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.weights import load_weights
-from fine_tune.ranks import from_all_ranks
 
 if TYPE_CHECKING:
     from fine_tune.modules.dpo import DPO
 
-log = logging.getLogger("fine_tune")
-PAIRS_AT_ONCE = 64
 
-
-class Reference:
-    """Log-probabilities of the pairs of a run under the model it started from.
-
-    Args:
-        module: The policy.
-        folder: Where they are kept, for all runs.
-    """
-
-    def __init__(self, module: "DPO", folder: Path) -> None:
-        self.module = module
-        self.file = folder / "reference" / f"{_key(module)}.npz"
-        self._known = _read(self.file)
-        self._of_row: dict[int, np.ndarray] = {}
+class Reference(Protocol):
+    """Where the log-probabilities of answers under the reference come from."""
 
     def prepare(self, split: str) -> None:
-        """Have the log-probabilities of all pairs of a split: known, or computed now, and kept."""
-        rows = data_of(self.module.trainer).encoded(split)
-        keys = [_row_key(row) for row in rows]
-        missing = [i for i, key in enumerate(keys) if key not in self._known]
-        if missing:
-            log.info("reference: %s pairs of %s to compute", f"{len(missing):,}", split)
-            self._compute(rows, keys, missing)
-        for row, key in zip(rows, keys, strict=True):
-            self._of_row[int(row["row_id"])] = self._known[key]
+        """Be ready for the pairs of a split."""
 
     def of(self, batch: PreferenceBatch, ld_alpha: float) -> Tensor:
         """Return the log-probabilities of both answers of each pair, ``[B, 2]``."""
-        values = np.stack([self._of_row[row_id] for row_id in batch["row_ids"]])
-        device = batch["input_ids_BT"].device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        head_B2, tail_B2 = torch.tensor(values, dtype=wide, device=device).unbind(1)
-        return head_B2 + ld_alpha * tail_B2
 
-    def _compute(self, rows: Any, keys: list[str], missing: list[int]) -> None:
-        module, trainer = self.module, self.module.trainer
-        mine = sorted(missing, key=lambda i: -len(rows[i]["input_ids"]))
-        mine = mine[trainer.global_rank :: trainer.world_size]
-        collate = data_of(trainer).make_batch
-        found: dict[str, list[Any]] = {}
-        with self._model() as model:
 
-            def add(batch: PreferenceBatch) -> None:
-                logps = pair_logps(model, batch, shared=module.shares_prefix)
-                for row_id, head, tail in zip(
-                    batch["row_ids"], logps.head_B2.tolist(), logps.tail_B2.tolist(), strict=True
-                ):
-                    found[by_id[row_id]] = [head, tail]
+class LiveReference:
+    """Compute the reference's log-probabilities at every step; trained weights are held twice, adapters are not.
 
-            by_id = {int(rows[i]["row_id"]): keys[i] for i in mine}
-            for start in range(0, len(mine), PAIRS_AT_ONCE):
-                batch = collate([rows[i] for i in mine[start : start + PAIRS_AT_ONCE]])
-                batch = trainer.strategy.batch_to_device(batch, device=module.device)
-                with torch.no_grad(), trainer.precision_plugin.forward_context():
-                    in_parts(module, batch, add)
-        for of_rank in from_all_ranks(found, trainer.world_size):
-            self._known |= {key: np.asarray(value) for key, value in of_rank.items()}
-        if trainer.is_global_zero:
-            _write(self.file, self._known)
+    Args:
+        module: The policy.
+    """
 
-    @contextmanager
-    def _model(self) -> Iterator[Any]:
-        """Give the model as it was before training: adapter off, policy before its first step, or loaded anew."""
-        module, policy = self.module, self.module.model
-        assert policy is not None
-        was_training = policy.training
-        fresh = module.trainer.state.fn == "fit" and module.trainer.ckpt_path is None
-        try:
-            if isinstance(policy, PeftModel):
-                policy.eval()
-                with policy.disable_adapter():
-                    yield policy
-            elif fresh and module.trainer.global_step == 0:
-                policy.eval()
+    def __init__(self, module: "DPO") -> None:
+        self.module = module
+        self._start = None if starts_as_base(module) else starting_weights(module)
+
+    def prepare(self, split: str) -> None:
+        """Nothing is computed beforehand."""
+
+    def of(self, batch: PreferenceBatch, ld_alpha: float) -> Tensor:
+        """Return the log-probabilities of both answers of each pair, ``[B, 2]``."""
+        module = self.module
+        with torch.no_grad(), reference_model(module, self._start) as model:
+            return pair_logps(model, batch, shared=module.shares_prefix).weighted(ld_alpha)
+
+
+@contextmanager
+def reference_model(module: "DPO", start: dict[str, Tensor] | None = None) -> Iterator[Any]:
+    """Give the model as it was before the run's first step, in evaluation mode.
+
+    Args:
+        module: The policy; it is as before afterwards.
+        start: What ``starting_weights`` gave, where it is at hand.
+    """
+    policy: Any = module.model
+    modes = {part: part.training for part in policy.modules()}
+    policy.eval()
+    try:
+        if starts_as_base(module):
+            with policy.disable_adapter():
                 yield policy
-            else:
-                seed_all(module.seed, "weights")
-                loaded = load_weights(
-                    module.model_settings, module.tokenizer, str(module.trainer.precision)
-                )
-                yield loaded.to(module.device).eval()
-        finally:
-            policy.train(was_training)
+        elif start is None and _is_at_start(module):
+            yield policy
+        else:
+            with _put_in(policy, start or starting_weights(module)):
+                yield policy
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
-def _key(module: "DPO") -> str:
+def starting_weights(module: "DPO") -> dict[str, Tensor]:
+    """Return what is trained, as it was before the run's first step, by name.
+
+    Args:
+        module: The policy, wherever it stands; of a resumed run the weights it began with are read again.
+    """
+    policy, settings = module.model, module.model_settings
+    assert policy is not None
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    if _is_at_start(module):
+        return _copies(trained)
+    if settings.continued_adapter is not None:
+        now = _copies(trained)
+        adapters.go_on_with_adapter(policy, Path(settings.continued_adapter))
+        start = _copies(trained)
+        for name, parameter in trained.items():
+            parameter.data.copy_(now[name])
+        return start
+    seed_all(module.seed, "weights")
+    whole = load_weights(settings, module.tokenizer, str(module.trainer.precision))
+    return {name: p.detach().to(module.device) for name, p in whole.named_parameters()}
+
+
+def _is_at_start(module: "DPO") -> bool:
+    trainer = module.trainer
+    return trainer.state.fn == "fit" and trainer.ckpt_path is None and trainer.global_step == 0
+
+
+def starts_as_base(module: "DPO") -> bool:
+    """Whether the policy began as its base: by new adapters whose B is zero, and not by PiSSA, LoftQ and the like."""
     settings = module.model_settings
-    parts = {
-        "weights": weights_content(settings.model_name_or_path, settings.revision),
-        "new": [settings.from_config, module.seed] if settings.from_config else None,
-        "config": settings.config,
-        "dtype": settings.dtype,
-        "quantized": settings.quantized,
-        "precision": str(module.trainer.precision),
-    }
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    if not isinstance(module.model, PeftModel) or settings.continued_adapter is not None:
+        return False
+    return str(getattr(settings.lora, "init_lora_weights", True)).lower() in ("true", "gaussian")
 
 
-def _row_key(row: dict[str, Any]) -> str:
-    digest = hashlib.sha256(np.asarray(row["input_ids"], dtype="<i4").tobytes())
-    digest.update((np.asarray(row["labels"]) >= 0).tobytes())
-    digest.update(f"{row['num_prompt']} {row['num_chosen']}".encode())
-    return digest.hexdigest()[:32]
-
-
-def _read(file: Path) -> dict[str, np.ndarray]:
-    if not file.is_file():
-        return {}
+@contextmanager
+def _put_in(model: torch.nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    now = {n: (p, p.data) for n, p in model.named_parameters() if p.requires_grad}
+    for name, (parameter, data) in now.items():
+        parameter.data = weights[name].to(data.dtype)
     try:
-        with np.load(file, allow_pickle=False) as kept:
-            return dict(zip(kept["keys"].tolist(), kept["logps"], strict=True))
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        log.info("WARNING: %s cannot be read (%s); the reference is computed again", file, error)
-        return {}
+        yield
+    finally:
+        for parameter, data in now.values():
+            parameter.data = data
 
 
-def _write(file: Path, known: dict[str, np.ndarray]) -> None:
-    unfinished = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(unfinished, keys=np.array(list(known)), logps=np.stack(list(known.values())))
-        unfinished.replace(file)
-    except OSError as error:
-        log.info("WARNING: the reference is not kept in %s (%s); training goes on", file, error)
+def _copies(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -25,19 +25,23 @@ def load_weights(
     quantization = None
     if settings.quantized:
         compute_dtype = precision_dtype(precision) or dtype
-        quantization = models.quantization_config(settings.quantized, compute_dtype)
+        quantization = models.quantization_config(settings.quantized, compute_dtype, settings.head)
+    name, revision = settings.base
     model: Any = models.load_model(
         settings.resolved_config(tokenizer),
-        settings.model_name_or_path,
-        revision=settings.revision,
+        name,
+        revision=revision,
         dtype=dtype,
         attn_implementation=settings.attn_implementation,
         quantization=quantization,
+        head=settings.head,
     )
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora is not None:
-        model = adapters.add_lora(model, settings.lora, settings.model_name_or_path)
+        model = adapters.add_lora(model, settings.lora, name, settings.head)
+        if settings.continued_adapter is not None:
+            adapters.go_on_with_adapter(model, Path(settings.continued_adapter))
         if precision.endswith("mixed"):
             adapters.keep_trained_in_float32(model)
     model.train()

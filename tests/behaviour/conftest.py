@@ -1,11 +1,13 @@
-"""Fixtures of the tests of LoRA and QLoRA."""
+"""Fixtures of the tests of LoRA, QLoRA and preferences."""
 
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 from lora_runs import TOKENS
+from preference_runs import write_pairs
 
 
 @pytest.fixture
@@ -41,3 +43,21 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(SFT, "on_fit_start", start)
     monkeypatch.setattr(SFT, "on_train_end", end)
     return seen
+
+
+@pytest.fixture
+def dpo_args(model_folder: Path, tmp_path: Path) -> list[str]:
+    """The flags of a run of 10 steps of 8 pairs."""
+    return [
+        *("--model", "fine_tune.modules.DPO", "--model.model_name_or_path", str(model_folder)),
+        *("--data", "fine_tune.data.PreferenceData"),
+        *("--data.path", str(write_pairs(tmp_path / "pairs.jsonl"))),
+        *("--data.batch_size", "8", "--data.epochs", "2", "--model.optimizer.lr", "3e-3"),
+        *("--trainer.log_every_n_steps", "1", "--generations.rows", "0"),
+    ]
+
+
+@pytest.fixture
+def reward_args(dpo_args: list[str]) -> list[str]:
+    """The same for a reward model."""
+    return ["fine_tune.modules.Reward" if a.endswith(".DPO") else a for a in dpo_args]

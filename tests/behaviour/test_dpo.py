@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import CommandLine, Outcome, write_rows
+from harness import CommandLine
 from lora_runs import STOP
 from peft import PeftModel
+from preference_runs import LORA, losses, weights
 from processes import TWO, start
-from safetensors.torch import load_file
 from small_models import save_small_model
 from transformers import AutoModelForCausalLM
 
@@ -19,41 +19,10 @@ from fine_tune.batches import PreferenceBatch
 from fine_tune.losses import IGNORE_INDEX
 from fine_tune.model_config import load_config
 from fine_tune.models import load_model
-from fine_tune.modules.pairs import can_share, pair_logps
+from fine_tune.modules.pair_logps import pair_logps
+from fine_tune.modules.pairs import can_share
 
 NO_CACHE = ["--data.cache_dir"]  # of its own: both processes compute the reference
-LORA = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "v_proj"]']
-
-
-@pytest.fixture
-def dpo_args(model_folder: Path, tmp_path: Path) -> list[str]:
-    """A run of 10 steps of 8 pairs; several pairs share a prompt."""
-    rows = [
-        {
-            "prompt": f"Berapa {i // 2} + {i % 5}?" + " Jawab." * (i % 3),
-            "chosen": f" {i // 2 + i % 5}",
-            "rejected": f" {i // 2 + i % 5 + 1} mungkin" + " ya" * (i % 4),
-        }
-        for i in range(50)
-    ]
-    file = write_rows(tmp_path / "pairs.jsonl", rows)
-    return [
-        *("--model", "fine_tune.modules.DPO", "--model.model_name_or_path", str(model_folder)),
-        *("--data", "fine_tune.data.PreferenceData", "--data.path", str(file)),
-        *("--data.batch_size", "8", "--data.epochs", "2", "--model.optimizer.lr", "3e-3"),
-        *("--trainer.log_every_n_steps", "1", "--generations.rows", "0"),
-    ]
-
-
-def losses(outcome: Outcome, name: str = "run", version: int = 0) -> list[float]:
-    assert outcome.code == 0, outcome.err
-    rows = outcome.metrics(name, version)
-    return [float(row["train/loss"]) for row in rows if row["train/loss"]]
-
-
-def weights(outcome: Outcome, name: str) -> dict[str, torch.Tensor]:
-    folder = outcome.run(name).checkpoint("last")
-    return load_file(next(folder.glob("*model.safetensors")))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("trained", [[], LORA], ids=["full", "lora"])
@@ -196,7 +165,7 @@ def test_a_shared_prompt_gives_the_same_log_probabilities(
     heads = {"num_key_value_heads": 2} if architecture != "gpt2" else {}
     model: Any = save_small_model(tmp_path / "model", architecture, **heads).eval()
     model.set_attn_implementation(attention)
-    assert can_share(model)
+    assert can_share(model, _logps)
     ids = torch.randint(5, 100, (2, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[0, :4], labels[1, :2], labels[1, 9:] = IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX
@@ -206,6 +175,7 @@ def test_a_shared_prompt_gives_the_same_log_probabilities(
         lengths=[12, 9],
         num_prompt=[4, 2],
         num_chosen=[3, 4],
+        margins=[0.0, 0.0],
         row_ids=[0, 1],
     )
     with torch.no_grad():
@@ -258,4 +228,8 @@ def test_pairs_that_teach_nothing_are_refused_or_left_out_and_counted(
     assert "pairs.jsonl:51: chosen and rejected are the same" in refused.err
     dropped = command_line("fit", *dpo_args, "--data.empty_completions", "drop")
     assert dropped.code == 0, dropped.err
-    assert "1 rows with an empty answer, or twice the same, left out" in dropped.out
+    assert "1 rows with twice the same answer left out" in dropped.out
+
+
+def _logps(model: Any, batch: PreferenceBatch, shared: bool) -> torch.Tensor:
+    return pair_logps(model, batch, shared=shared).head_B2

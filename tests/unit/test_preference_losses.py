@@ -77,3 +77,15 @@ def test_preference_metrics_are_means_over_pairs_whatever_the_batches() -> None:
     assert results[0] == results[1]
     assert results[0]["loss"] == 3.0
     assert results[0]["rewards_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_bradley_terry_against_its_formula() -> None:
+    plain = losses.bradley_terry_loss(C, R)
+    torch.testing.assert_close(plain, torch.tensor([-math.log(sigmoid(1.5))], dtype=torch.float64))
+    more = losses.bradley_terry_loss(C, R, margins_B=torch.tensor([0.25]), center=0.1)
+    expected = -math.log(sigmoid(1.25)) + 0.1 * 0.5**2
+    torch.testing.assert_close(more, torch.tensor([expected], dtype=torch.float64))
+    inputs = (C.clone().requires_grad_(), R.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda c, r: losses.bradley_terry_loss(c, r, margins_B=0.25, center=0.1), inputs
+    )

@@ -53,7 +53,9 @@ def test_longer_pairs_are_cut_by_policy(policy: Any, expected: EncodedRow | None
 
 def test_answers_lose_their_ends_and_it_is_counted() -> None:
     pair = encode_pair(sequence([0, 1], [5, 6, 9]), sequence([0, 1], [7, 9]), 4, "completion_right")
-    assert pair == EncodedRow([0, 1, 5, 6, 7, 9], [NO, NO, 5, 6, 7, 9], 1, 1, 2, 2)
+    assert pair == EncodedRow(
+        [0, 1, 5, 6, 7, 9], [NO, NO, 5, 6, 7, 9], 1, 1, 2, 2, num_answers_cut=1
+    )
 
 
 def test_a_prompt_is_found_in_whole_conversations() -> None:
@@ -95,3 +97,30 @@ def test_templates_read_any_fields() -> None:
 def test_pairs_that_teach_nothing_are_refused(row: dict[str, Any], told: str) -> None:
     with pytest.raises((EmptyCompletion, RowError), match=told):
         preference(row, PLAIN)
+
+
+def test_answers_cut_to_the_same_beginning_are_a_problem() -> None:
+    both = sequence([0, 1], [5, 6, 7]), sequence([0, 1], [5, 6, 8])
+    pair = encode_pair(*both, 4, "completion_right")
+    assert pair is not None and pair.input_ids == []
+    assert pair.problem == "both answers are cut, and what is left of them is the same"
+    apart = encode_pair(
+        sequence([0, 1], [5, 6, 7]), sequence([0, 1], [8, 6, 7]), 4, "completion_right"
+    )
+    assert apart is not None and (apart.problem, apart.num_answers_cut) == ("", 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "margin"), [({}, 0.0), ({"margin": None}, 0.0), ({"margin": 2}, 2.0)]
+)
+def test_a_margin_is_read_where_there_is_one(given: dict[str, Any], margin: float) -> None:
+    assert (
+        preference({"prompt": "a", "chosen": "b", "rejected": "c", **given}, PLAIN)["margin"]
+        == margin
+    )
+
+
+@pytest.mark.parametrize("margin", ["viel", True, float("nan")])
+def test_a_margin_that_is_no_number_is_refused(margin: Any) -> None:
+    with pytest.raises(RowError, match="the field 'margin' must be a number"):
+        preference({"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin}, PLAIN)
