@@ -1,6 +1,7 @@
 """LoRA adapters, and putting a checkpoint's weights back into a model of the same kind."""
 
 import copy
+import inspect
 import json
 import re
 from pathlib import Path
@@ -17,15 +18,27 @@ from peft import (
     set_peft_model_state_dict,
 )
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from fine_tune.errors import UserError
+from fine_tune.errors import UserError, nearest
 from fine_tune.models import AUTO_CLASSES, Head
 
 # What peft changes of the base when it makes the adapter, it changes again when it opens the saved one.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora")
 SHAPE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 TASKS = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}  # by the latter peft trains the scalar head as well
-NEVER_ADAPTED = ("experts", "router", "gate", "shared_expert_gate")  # routing, and fused experts
+PEFTS_OWN = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),
+    *("base_model_name_or_path", "revision", "runtime_config", "loftq_config"),
+)
+NEVER_ADAPTED = ("experts", "router", "gate", "shared_expert_gate")  # any part of a layer's path
+REFUSED_BY_PEFT = (
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "falcon_h1",
+    "nemotron_h",
+)  # on their out_proj
 
 
 def add_lora(
@@ -45,6 +58,7 @@ def add_lora(
     """
     lora = copy.deepcopy(lora)
     lora.task_type = TASKS[head]
+    names = linear_layer_names(model)
     loftq = lora.init_lora_weights == "loftq"
     if loftq:
         lora.init_lora_weights, lora.loftq_config = True, {}
@@ -56,20 +70,16 @@ def add_lora(
             f"model.lora{''.join(f'.{key}' for key in of[:1])}: {error.pattern!r} is no regular expression: {error.msg}"
         ) from error
     except ValueError as error:
-        if "target" not in str(error).lower():
-            raise UserError(f"model.lora: {str(error).splitlines()[0]}") from error
-        names = linear_layer_names(model)
-        raise UserError(
-            f"model.lora.target_modules: {sorted(lora.target_modules or [])} are not in this "
-            f"{type(model).__name__}; its linear layers are named: {', '.join(names)}"
-        ) from error
+        if "not found in the base model" not in str(error):
+            raise UserError(f"model.lora: {' '.join(str(error).split())}") from error
+        raise UserError(_unknown_targets(_listed(lora.target_modules), model, names)) from error
     if loftq and weights is not None:
         replace_lora_weights_loftq(adapted, weights if Path(weights).is_dir() else None)
     return adapted
 
 
 def auto_lora(config: PreTrainedConfig) -> LoraConfig:
-    """Choose LoRA settings from the model's size: all linear layers, never experts or routers.
+    """Choose LoRA settings from the model's size: all linear layers, never routed experts or routers.
 
     Up to 0.6B weights r 8 and alpha 16; up to 3B 16 and 32; above, the same with rank-stabilised scaling (rsLoRA,
     arXiv 2312.03732); from 6B 32 and 64 with rsLoRA. No dropout.
@@ -77,15 +87,20 @@ def auto_lora(config: PreTrainedConfig) -> LoraConfig:
     model = _shape_of(config, "lm")
     billions = sum(p.numel() for p in model.parameters()) / 1e9
     rank = 8 if billions <= 0.6 else 16 if billions < 6 else 32
-    targets = [name for name in linear_layer_names(model) if name not in NEVER_ADAPTED]
+    paths = linear_layers(model)
+    routed = [path for path in paths if set(path.split(".")) & set(NEVER_ADAPTED)]
+    targets = {path.split(".")[-1] for path in paths if path not in routed}
+    if config.model_type in REFUSED_BY_PEFT:
+        targets -= {"out_proj"}
     lora = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         use_rslora=billions > 3,
-        target_modules=targets,
-        exclude_modules=r".*\.experts\..*",
+        target_modules=sorted(targets),
     )
+    if any(path.split(".")[-1] in targets for path in routed):
+        lora.exclude_modules = rf"(.*\.)?({'|'.join(NEVER_ADAPTED)})(\..*)?"
     with torch.device("meta"):
         tried = add_lora(model, lora).active_peft_config
     # Beside fused experts, peft takes gate_proj of a shared expert or a dense layer for the experts' own.
@@ -102,6 +117,15 @@ def check_lora(config: PreTrainedConfig, lora: Any, head: Head = "lm") -> None:
     """
     model = _shape_of(config, head)
     kinds = {type(module).__name__ for module in model.modules()}
+    if not isinstance(lora.target_modules, str):
+        paths = [name for name, _ in model.named_modules()]
+        unknown = [
+            target
+            for target in sorted(lora.target_modules or [])
+            if not any(path == target or path.endswith(f".{target}") for path in paths)
+        ]
+        if unknown:
+            raise UserError(_unknown_targets(unknown, model, linear_layer_names(model)))
     with torch.device("meta"):
         if lora.init_lora_weights == "olora" and "Conv1D" in kinds:
             raise UserError(
@@ -130,15 +154,27 @@ def keep_trained_in_float32(model: torch.nn.Module) -> None:
 
 
 def linear_layer_names(model: torch.nn.Module) -> list[str]:
-    """List the last part of the name of every linear layer (GPT-2's Conv1D included) but the LM head."""
-    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    """List the last part of the name of every linear layer (GPT-2's Conv1D included) but the head."""
+    return sorted({path.split(".")[-1] for path in linear_layers(model)})
+
+
+def linear_layers(model: torch.nn.Module) -> list[str]:
+    """List the path of every linear layer, quantized ones and GPT-2's Conv1D included, but the head's."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    names = {
-        n.split(".")[-1]
-        for n, m in model.named_modules()
-        if type(m).__name__ in kinds and m is not head
-    }
-    return sorted(names)
+    heads = (head, getattr(model, "score", None))
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module not in heads
+    ]
+
+
+def _unknown_targets(unknown: list[str], model: torch.nn.Module, names: list[str]) -> str:
+    close = nearest(unknown[0], names) if len(unknown) == 1 else ""
+    return (
+        f"model.lora.target_modules: {unknown} are not in this {type(model).__name__}{close}; "
+        f"its linear layers are named: {', '.join(names)}"
+    )
 
 
 def saved_lora(folder: str | Path) -> LoraConfig:
@@ -147,6 +183,15 @@ def saved_lora(folder: str | Path) -> LoraConfig:
     lora.inference_mode = False
     lora.base_model_name_or_path = None
     return lora
+
+
+def changed_fields(lora: LoraConfig) -> dict[str, Any]:
+    """Return the settings that are not peft's defaults, as a config holds them; ``r`` and ``lora_alpha`` always."""
+    default = LoraConfig()
+    names = [n for n in inspect.signature(LoraConfig).parameters if n not in PEFTS_OWN]
+    values = {name: getattr(lora, name) for name in names}
+    kept = {n: v for n, v in values.items() if n in ("r", "lora_alpha") or v != getattr(default, n)}
+    return {n: sorted(v) if isinstance(v, set) else v for n, v in kept.items()}
 
 
 def other_shape(lora: Any, folder: str | Path) -> str | None:

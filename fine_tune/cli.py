@@ -194,6 +194,8 @@ class FineTuneCLI(SettingsCLI):
             tested = any(result["split"] == "test" for result in record.get("results", []))
             if self.settings.test_at_end and not tested:
                 self.test(model, datamodule)
+            for line in summary.reached(self.run_folder, dict(self.settings.targets)):
+                log.info(line)
             return
         self._from_whole_checkpoint(self._fit)
         if self.stop.agreed(self.trainer):

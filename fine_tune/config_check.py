@@ -19,6 +19,11 @@ from fine_tune.settings import Setting, flag_problems, plain, read_yaml, split_f
 SECTIONS = {"model": LightningModule, "data": LightningDataModule}
 TOP = ""  # keys that belong to no class
 CLASSES_BY_PATH = ("callbacks", "logger", "plugins", "strategy")  # LightningCLI's parser knows them
+ALLOWED = {  # of keys that take a word or a mapping, in which jsonargparse's own report says little
+    "split": "give ratios like {train: 0.8, validation: 0.1, test: 0.1}, row counts like {validation: 500, test: 500}, "
+    "existing, or none",
+    "lora": "give auto, or LoRA's own settings, like model.lora.r: 16",
+}
 NO_RUN = re.compile(r"-h|--print_config|--print_shtab|--([\w.]+\.)?help")
 LINKED = {
     "data.tokenizer": "model.tokenizer",
@@ -56,7 +61,7 @@ def check_settings(args: list[str], parser: Any, classes: dict[str, type]) -> No
     )
     parsers = {section: _class_parser(cls) for section, cls in classes.items()}
     parsers[TOP] = _top_parser(parser)
-    problems += _classless(settings)
+    problems += _classless(settings) + _more_than_auto(settings)
     for setting in settings:
         problems += _check_setting(setting, top_level, parsers, classes)
     if problems:
@@ -181,6 +186,8 @@ def _check_value(
             return []
         if name == "optimizer" and "class_path" not in str(error) and "accepted" not in str(error):
             return [f"{where}: '{setting.value}' is not an optimizer; like torch.optim.AdamW"]
+        if rest in ALLOWED:
+            return [f"{where}: {ALLOWED[rest]}; got {str(setting.value)!r:.80}"]
         return [f"{where}: {innermost(str(error), cls, name)}"]
     told = misread_text(setting.value, got)
     return [f"{where}: {told}"] if told else []
@@ -198,6 +205,25 @@ def _classless(settings: list[Setting]) -> list[str]:
         for s in given
         if isinstance(s.value, dict)
     ]
+
+
+def _more_than_auto(settings: list[Setting]) -> list[str]:
+    """Find options of LoRA beside ``lora: auto``, which chooses them all."""
+    given = [setting for setting in settings if setting.key.startswith("model.lora")]
+    auto = [setting for setting in given if setting.key == "model.lora"]
+    if not auto or auto[-1].value != "auto":
+        return []
+    return [
+        f"{_where(s)}: {s.key}: model.lora: auto chooses it; leave auto out to set it yourself"
+        for s in given[given.index(auto[-1]) + 1 :]
+        if s.key.removeprefix("model.lora.").removeprefix("init_args.") in _lora_fields()
+    ]
+
+
+def _lora_fields() -> list[str]:
+    from peft import LoraConfig
+
+    return list(inspect.signature(LoraConfig).parameters)
 
 
 def asks_for_help(args: list[str]) -> bool:

@@ -10,6 +10,9 @@ def with_key(message: str) -> str:
     """Reduce jsonargparse's report to the key it speaks of, and what is wrong with it."""
     key = re.search(r'(?:Parser key|key|argument) "?(?:--)?([\w.]+)', message)
     told = innermost(message)
+    inner = re.match(r"([\w.]+): (?:Expected|Invalid|Unable)", told)
+    if key and inner and not inner[1].startswith(key[1]):
+        return f"{key[1]}.{told}".replace(".init_args", "")
     return f"{key[1].replace('.init_args', '')}: {told}" if key and key[1] not in told else told
 
 
@@ -26,7 +29,7 @@ def innermost(message: str, cls: type | None = None, name: str = "") -> str:
     telling = [
         line
         for line in lines
-        if re.match(r"(Expected|Invalid|Unexpected|Unable|Import|Problem)", line)
+        if re.match(r"(?:[\w.]+: )?(Expected|Invalid|Unexpected|Unable|Import|Problem)", line)
     ]
     telling = [
         line

@@ -21,7 +21,7 @@ from fine_tune.modules.run_identity import (
 )
 from fine_tune.runs.checkpoint import MANIFEST
 from fine_tune.runs.places import Place
-from fine_tune.runs.run_folder import RunFolder
+from fine_tune.runs.run_folder import RECORD, RunFolder
 
 log = logging.getLogger("fine_tune")
 SECRET_VARIABLE = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
@@ -140,6 +140,8 @@ def _parents(model: str | None, continued: Path | None) -> list[dict[str, Any]]:
 
 def _checkpoint_folder(path: Path) -> Path | None:
     resolved = path.resolve()
+    if (resolved / RECORD).is_file():  # a run's folder stands for its best checkpoint
+        resolved = RunFolder(resolved).checkpoint("best") or resolved
     return next((p for p in (resolved, *resolved.parents) if (p / MANIFEST).is_file()), None)
 
 

@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from fine_tune.adapters import changed_fields
 from fine_tune.batches import Choice, DataPlan
 from fine_tune.callbacks.checkpoints import Checkpoints
 from fine_tune.callbacks.early_stopping import EarlyStopping
@@ -24,6 +25,7 @@ from fine_tune.settings import take_templates
 from fine_tune.trainer_settings import (
     check_trainer,
     choose_precision,
+    target_problems,
     trainer_problems,
     validation_steps,
 )
@@ -134,10 +136,9 @@ class SettingsCLI(LightningCLI):
         problems = trainer_problems(trainer)
         if trainer.plugins:
             self.why_precision = "the plugins decide"
-        elif trainer.precision is None:
-            trainer.precision, self.why_precision = choose_precision(str(trainer.accelerator))
         else:
-            self.why_precision = "as asked"
+            asked, accelerator = trainer.precision, str(trainer.accelerator)
+            trainer.precision, self.why_precision = choose_precision(accelerator, asked)
         try:
             check_name(self.settings.name)
         except UserError as error:
@@ -185,6 +186,11 @@ class SettingsCLI(LightningCLI):
         self.chosen = self._take_choices(plan)
         problems = []
         measured = [f"val/{name}" for name in model.evaluation_metrics]
+        if self.subcommand == "fit":
+            at_end = {"validation", *(["test"] if self.settings.test_at_end else [])}
+            problems += target_problems(
+                self.settings.targets, model.evaluation_metrics, at_end & plan.num_rows.keys()
+            )
         for key in ("early_stopping", "checkpoint"):
             monitor = self.settings[key].monitor
             if monitor not in measured:
@@ -215,6 +221,11 @@ class SettingsCLI(LightningCLI):
             if name in settings and settings[name] is None:
                 settings[name] = choice.value
                 chosen[key] = choice
+        if self.settings.model.init_args.get("lora") == "auto":
+            self.settings.model.init_args.lora = Namespace(
+                class_path="peft.LoraConfig",
+                init_args=Namespace(**changed_fields(self.model.model_settings.lora)),
+            )
         return chosen
 
 

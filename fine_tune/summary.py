@@ -9,6 +9,8 @@ from fine_tune.callbacks.generations import GENERATIONS_FILE, before_after_table
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.runs.run_folder import RunFolder
 
+MORE_IS_BETTER = ("accuracy", "exact_match", "margin", "rewards_chosen", "logps_chosen")
+
 
 def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> list[str]:
     """Lines that say what will run."""
@@ -66,7 +68,7 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
             if _is_of(name, result)
         )
         lines.append(f"{result['split']} of {result['checkpoint']}: {shown}")
-    lines += _targets(record, targets)
+    lines += reached(run, targets)
     config = run.path / "config.yaml"
     lines += [
         f"best: step {record.get('best_step')}  {run.checkpoints / str(record.get('best'))}",
@@ -103,18 +105,18 @@ def resume(run: RunFolder) -> str:
     return f"resume: {command} --ckpt_path last"
 
 
-def _targets(record: dict[str, Any], targets: dict[str, float]) -> list[str]:
-    measured = {k: v for result in record.get("results", []) for k, v in result["metrics"].items()}
+def reached(run: RunFolder, targets: dict[str, float]) -> list[str]:
+    """Lines that say which targets were reached."""
+    results = run.read().get("results", [])
+    measured = {k: v for result in results for k, v in result["metrics"].items()}
     lines = []
     for name, target in targets.items():
         if name not in measured:
-            lines.append(
-                f"target {name} {target:g}: not measured; known: {', '.join(sorted(measured))}"
-            )
+            lines.append(f"target {name} {target:g}: not measured, the run stopped before it")
             continue
-        lower_is_better = not name.endswith(("accuracy", "exact_match"))
-        reached = measured[name] <= target if lower_is_better else measured[name] >= target
-        verdict = "reached" if reached else "missed"
+        more_is_better = any(part in name for part in MORE_IS_BETTER)
+        is_reached = measured[name] >= target if more_is_better else measured[name] <= target
+        verdict = "reached" if is_reached else "missed"
         lines.append(f"target {name} {target:g}: {verdict} with {measured[name]:.4g}")
     return lines
 

@@ -1,5 +1,7 @@
 """What of Lightning's trainer is used, refused, or chosen by what the machine can do."""
 
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from fine_tune.errors import UserError
+from fine_tune.errors import UserError, nearest
 
 OURS_NOT_TRAINERS = {
     "max_epochs": (None, "epochs are the data's: set data.epochs"),
@@ -60,13 +62,48 @@ def trainer_problems(trainer: Namespace) -> list[str]:
     return problems
 
 
-def choose_precision(accelerator: str) -> tuple[str, str]:
-    """Choose the precision nobody asked for, by what the device can do, and say why."""
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
-        return "32-true", "the default on a CPU"
+def choose_precision(accelerator: str, asked: Any = None) -> tuple[Any, str]:
+    """Choose the precision, as asked or by what the device can do, and say why.
+
+    Args:
+        accelerator: The trainer's.
+        asked: The trainer's precision; None where nobody asked for one.
+    """
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    on_mps = accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available()
+    if str(asked) in ("16", "16-mixed") and not on_gpu and not on_mps:
+        return "bf16-mixed", f"{asked} asked; a CPU computes it in bfloat16"
+    if asked is not None:
+        return asked, "as asked"
+    if not on_gpu:
+        return "32-true", f"the default on {'Apple silicon' if on_mps else 'a CPU'}"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16-mixed", "the GPU computes in bfloat16"
     return "16-mixed", "the GPU has no bfloat16"
+
+
+def target_problems(
+    targets: Mapping[str, float], measured: Iterable[str], splits: Collection[str]
+) -> list[str]:
+    """Say which targets nothing will be held against.
+
+    Args:
+        targets: Values to reach, by metric.
+        measured: What the module measures of a split.
+        splits: The splits it will be measured on at the end.
+    """
+    prefixes = [prefix for prefix, s in (("val", "validation"), ("test", "test")) if s in splits]
+    known = [f"{prefix}/{name}" for prefix in prefixes for name in measured]
+    known += ["test/exact_match"] if "test" in prefixes else []
+    problems = []
+    for name, target in targets.items():
+        if name not in known:
+            later = name.startswith("test/") and "test" not in prefixes
+            hint = "; set test_at_end: true" if later else nearest(name, known)
+            problems.append(f"targets: '{name}' is not measured{hint}; known: {', '.join(known)}")
+        if math.isnan(target):
+            problems.append(f"targets: {name}: a number is wanted, got nan")
+    return problems
 
 
 def check_trainer(trainer: Namespace) -> int:

@@ -1,8 +1,6 @@
 """Every opening of the sealed test split is counted: in the run's record and beside the split itself."""
 
 import logging
-import uuid
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +27,22 @@ class TestOpenings(Callback):
         self._opening: dict[str, Any] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the opening before anything is measured."""
+        """Say by which run it was opened, before anything is measured."""
         sealed = data_of(trainer).sealed_test
         if sealed is None or not trainer.is_global_zero:
             return
         run = run_of(trainer)
-        earlier = known_openings(sealed, run.path.resolve().parents[1], run)
-        self._opening = {
-            "id": uuid.uuid4().hex,
-            "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
-            "test_hash": sealed.hash,
-            "run": str(run.path),
-            "checkpoint": Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else None,
-        }
+        checkpoint = Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else None
+        self._opening = {**sealed.opening, "run": str(run.path), "checkpoint": checkpoint}
+        known = known_openings(sealed, run.path.resolve().parents[1], run)
+        earlier = [opening for opening in known if opening["id"] != self._opening["id"]]
         self._note(sealed, run)
         log.info(
             "test split %s: opened for the %s time", sealed.hash[:8], ordinal(len(earlier) + 1)
         )
         for opening in earlier[-SHOWN_OPENINGS:]:
-            log.info("  %s  %s  %s", opening["time"], opening["run"], _shown(opening))
+            by = opening.get("run", "outside a run")
+            log.info("  %s  %s  %s", opening["time"], by, _shown(opening))
         overlap = sealed.rows_opened_before()
         if overlap:
             log.info("  %s of its rows were opened before, in other test splits", f"{overlap:,}")

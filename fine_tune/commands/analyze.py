@@ -32,6 +32,8 @@ def main(args: list[str]) -> int:
         help="Training rows to print, their supervised tokens coloured.",
     )
     own, settings = parser.parse_known_args(args[1:])
+    if own.show < 0:
+        parser.error(f"--show: must not be negative, got {own.show}")
     return exit_code(lambda: analyze(settings, own.show))
 
 

@@ -43,9 +43,12 @@ def choose(
         float(np.percentile(lengths, 95)),
     )
     micro, accumulation = next((m, a) for above, m, a in ROWS_BY_P95 if p95 > above)
-    capped = f", held to {length_cap:,}" if longest >= length_cap else ", up to a multiple of 128"
-    if longest_row > longest:
-        capped = f", held to {length_cap:,} by the model's positions"
+    capped = ", up to a multiple of 128"
+    if longest_row > length_cap:
+        limit = "the most a rule gives" if length_cap == LENGTH_LIMIT else "the model's positions"
+        capped = f", held to {length_cap:,}, {limit}"
+    elif max_length == length_cap:
+        capped = f", up to the model's {length_cap:,} positions"
     checkpointing = longest > 4_000 or mean > 2_000
     choices: dict[str, tuple[Any, str]] = {
         "data.max_length": (max_length, f"longest training row {longest_row:,} tokens{capped}"),

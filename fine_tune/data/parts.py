@@ -138,11 +138,10 @@ def field_value(row: Row, name: str, key: str) -> str:
     """Return a field that rows are grouped or stratified by, as text.
 
     Raises:
-        RowError: The row has no such field, or null in it; ``key`` is the setting that names it.
+        RowError: The row has null in it; ``key`` is the setting that names it.
     """
     if row.get(name) is None:
-        has = "is null" if name in row else f"is missing, the row has {sorted(row)}"
-        raise RowError(f"{key}: the field '{name}' {has}{nearest(name, list(row))}")
+        raise RowError(f"{key}: the field '{name}' is null; give every row a value")
     return str(row[name])
 
 
@@ -155,6 +154,13 @@ def _read_part(
     rows: Dataset, source: Source, split: str, found_in: str, first_id: int, options: Options
 ) -> tuple[Part, Counter[str]]:
     format_name = _format_of(rows, source)
+    for key in ("group_by", "stratify_by"):
+        name, fields = getattr(options, key), fields_of(rows)
+        if name is not None and name not in fields:
+            raise UserError(
+                f"{source.label}: data.{key}: the field '{name}' is missing, the rows have {sorted(fields)}"
+                f"{nearest(name, fields)}"
+            )
     positions: list[int] = []
     groups, prompts, strata, errors, left_out = [], [], [], [], Counter[str]()
     wanted = options.max_rows.get(split, len(rows))  # all of "all", which is still to be split

@@ -60,20 +60,31 @@ def _prepare(
     with cache.scratch() as scratch:  # no cache but ours
         found = [(source, read_source(source, scratch)) for source in sources]
         split = split_sources(found, options)
-        parts, notes = split.parts, split.notes + shared_prompts(split.parts)
+        parts, notes = split.parts, list(split.notes)
         if not any(part.split == "train" for part in parts):
             raise UserError(f"data.path: no train split, only {', '.join(p.split for p in parts)}")
         _refuse_empty(_num_rows(parts))
         leakage, leaked = find_leakage(parts, options.near_duplicates)
         if options.drop_leaked:
             parts = [_without(part, leaked) if part.split == "train" else part for part in parts]
+            _refuse_empty(
+                _num_rows(parts),
+                "data.drop_leaked",
+                "every training row stands in another split too; leave it false, or split anew",
+            )
+            kept, _ = find_leakage([p for p in parts if p.split == "train"], leakage.threshold)
+            leakage.within["train"] = kept.within["train"]
             leakage.dropped_from_train = len(leaked)
-            _refuse_empty(_num_rows(parts))
+        notes += shared_prompts(parts)
         encoded, max_length = _encode(parts, tokenizer, options)
         rows = {
             s: r.select(np.flatnonzero(column(r, "num_supervised"))) for s, r in encoded.items()
         }
-        _refuse_empty({split: len(of_split) for split, of_split in rows.items()})
+        _refuse_empty(
+            {split: len(of_split) for split, of_split in rows.items()},
+            "data.max_length",
+            f"no row fits {max_length} tokens under data.truncation {options.truncation}; raise it",
+        )
         if cache.open(replace(options, max_length=max_length)) is not None:
             return max_length  # another model's positions led to the same tokens
         found_out = audit(encoded, parts, leakage, split.left_out)
@@ -118,14 +129,15 @@ def _num_rows(parts: list[Part]) -> dict[str, int]:
     return {s: sum(len(part.rows) for part in parts if part.split == s) for s in names}
 
 
-def _refuse_empty(num_rows: dict[str, int]) -> None:
+def _refuse_empty(
+    num_rows: dict[str, int],
+    key: str = "data.split",
+    how: str = "give more rows, other ratios, row counts like {validation: 20, test: 20}, or none",
+) -> None:
     empty = [split for split, count in num_rows.items() if count == 0]
     if empty:
         sizes = ", ".join(f"{split} {count}" for split, count in num_rows.items())
-        raise UserError(
-            f"data.split: no rows are left for {', '.join(empty)} ({sizes}); "
-            "give more rows, other ratios, row counts like {validation: 20, test: 20}, or none"
-        )
+        raise UserError(f"{key}: no rows are left for {', '.join(empty)} ({sizes}); {how}")
 
 
 def _truncation_notes(encoded: dict[str, Dataset], max_length: int, options: Options) -> list[str]:

@@ -8,8 +8,10 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,14 @@ class SealedTest:
         key: The way they are encoded here.
         digest: Of the encoded rows, to see that nobody changed them.
         locked: Whether a model is being trained.
+        opening: The newest opening by this process: its id, time and the rows' identity.
     """
 
     folder: Path
     key: str
     digest: str
     locked: bool = False
+    opening: dict[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -90,8 +94,11 @@ class SealedTest:
             raise FileNotFoundError(sealed.folder / key)
         return sealed
 
-    def open(self) -> Dataset:
-        """Return the rows.
+    def open(self, *, counted: bool = True) -> Dataset:
+        """Return the rows, and note that they were opened.
+
+        Args:
+            counted: False on all processes of a run but its first.
 
         Raises:
             UserError: A model is being trained, or they are not those that were sealed.
@@ -108,6 +115,10 @@ class SealedTest:
                 f"{self.folder / self.key}: the sealed test split was changed since it was prepared; delete that "
                 "folder, and it is prepared anew from the data"
             )
+        if counted:
+            now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+            self.opening = {"id": uuid.uuid4().hex, "time": now, "test_hash": self.hash}
+            self.note_opening(self.opening)
         return rows
 
     def note_opening(self, opening: dict[str, Any]) -> None:

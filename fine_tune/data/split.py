@@ -35,13 +35,15 @@ def check_split(split: dict[str, float]) -> None:
             "data.split: is empty; give ratios or row counts, or none to train on all rows"
         )
     if any(not 0 <= size < float("inf") for size in split.values()):
-        raise UserError(f"data.split: {split} holds a negative or infinite size")
+        raise UserError(f"data.split: every size must be finite and not negative, got {split}")
     if is_counts(split):
         if any(size != int(size) for size in split.values()):
             raise UserError(f"data.split: {split} mixes row counts with shares; give one kind")
         if "train" in split:
+            shares = {name: size / 100 for name, size in split.items()}
+            as_shares = f"; or as shares: {shares}" if sum(split.values()) == 100 else ""
             raise UserError(
-                "data.split: with row counts, give validation and test; all other rows train"
+                f"data.split: with row counts, give validation and test; all other rows train{as_shares}"
             )
     elif not abs(sum(split.values()) - 1) <= 1e-6 or split.get("train", 0) <= 0:
         raise UserError(

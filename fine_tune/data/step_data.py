@@ -138,8 +138,11 @@ class StepData(LightningDataModule):
         if stage == "test":
             if self._fitting:
                 raise UserError(f"data: {SEALED}")
-            self._test_rows = self.prepared.test.open() if self.prepared.test else None
-        self._fitting = self._fitting or stage == "fit"
+            first = self.trainer is None or self.trainer.is_global_zero
+            sealed = self.prepared.test
+            self._test_rows = sealed.open(counted=first) if sealed is not None else None
+        elif stage == "fit":
+            self._fitting, self._test_rows = True, None
         self._lock_test()
 
     def teardown(self, stage: str) -> None:

@@ -15,7 +15,7 @@ from fine_tune.errors import UserError
 from fine_tune.modules.base import StepModule
 from fine_tune.modules.cached_reference import CachedReference
 from fine_tune.modules.evaluation import in_parts
-from fine_tune.modules.metrics import PREFERENCE_METRICS, PreferenceMetrics
+from fine_tune.modules.metrics import ACCURACY_INTERVAL, PREFERENCE_METRICS, PreferenceMetrics
 from fine_tune.modules.pair_logps import pair_logps
 from fine_tune.modules.pairs import can_share, take_pairs
 from fine_tune.modules.reference import LiveReference, Reference
@@ -49,7 +49,7 @@ class DPO(StepModule):
     )
 
     step_metrics = PREFERENCE_METRICS
-    evaluation_metrics = ("loss", *PREFERENCE_METRICS)
+    evaluation_metrics = ("loss", *PREFERENCE_METRICS, *ACCURACY_INTERVAL)
 
     def __init__(
         self,

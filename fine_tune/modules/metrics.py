@@ -47,6 +47,7 @@ PREFERENCE_METRICS = (
     "logps_chosen",
     "logps_rejected",
 )
+ACCURACY_INTERVAL = ("rewards_accuracy_low", "rewards_accuracy_high")
 
 
 class PreferenceMetrics(Metric):
@@ -77,10 +78,10 @@ class PreferenceMetrics(Metric):
         self.num_pairs += len(loss_B)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``loss``, ``names``, and ``rewards_accuracy_low`` and ``_high`` (Wilson's interval)."""
+        """Return ``loss``, ``names`` and ``ACCURACY_INTERVAL`` (Wilson's, of 95 %)."""
         means = dict(zip(("loss", *self.names), self.sums / self.num_pairs, strict=True))
-        low, high = wilson_interval(means["rewards_accuracy"], self.num_pairs)
-        return {**means, "rewards_accuracy_low": low, "rewards_accuracy_high": high}
+        interval = wilson_interval(means["rewards_accuracy"], self.num_pairs)
+        return {**means, **dict(zip(ACCURACY_INTERVAL, interval, strict=True))}
 
 
 def wilson_interval(share: Tensor, count: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from fine_tune.errors import UserError
 from fine_tune.losses import bradley_terry_loss
 from fine_tune.models import Head
 from fine_tune.modules.base import StepModule
-from fine_tune.modules.metrics import PREFERENCE_METRICS, PreferenceMetrics
+from fine_tune.modules.metrics import ACCURACY_INTERVAL, PREFERENCE_METRICS, PreferenceMetrics
 from fine_tune.modules.pairs import can_share, pair_inputs, take_pairs
 
 REWARD_METRICS = PREFERENCE_METRICS[:4]
@@ -39,7 +39,7 @@ class Reward(StepModule):
 
     head: Head = "score"
     step_metrics = REWARD_METRICS
-    evaluation_metrics = ("loss", *REWARD_METRICS)
+    evaluation_metrics = ("loss", *REWARD_METRICS, *ACCURACY_INTERVAL)
 
     def __init__(
         self, center_rewards: float = 0.0, prefix_sharing: bool | None = None, **kwargs: Any

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from peft import LoraConfig
 
+from fine_tune.adapters import PEFTS_OWN
 from fine_tune.errors import UserError
 from fine_tune.model_config import adapter_base, resolve_source
 from fine_tune.modules.optimization import build_optimizer
@@ -30,10 +31,7 @@ FREE = {
         "format", "prompt", "completion", "chosen", "rejected",
         "max_tokens_per_micro_batch", "eval_batch_size", "num_workers", "near_duplicates", "empty_completions",
     },
-    "lora": {
-        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-        "inference_mode", "runtime_config", "loftq_config",
-    },
+    "lora": set(PEFTS_OWN),
     "optimizer": {"params", "foreach", "fused", "capturable", "differentiable"},
 }  # fmt: skip
 OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")

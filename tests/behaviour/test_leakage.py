@@ -9,6 +9,7 @@ from harness import TOKENIZER, write_rows
 
 from fine_tune.corpus.shingles import jaccard
 from fine_tune.data import SFTData
+from fine_tune.errors import UserError
 
 NOUNS = "padi gunung laut kota sungai hutan raja kapal pasar batu angin hujan tani guru kuda"
 WORDS = NOUNS.split()
@@ -88,3 +89,15 @@ def test_sums_that_differ_only_in_their_sign_are_different_rows(tmp_path: Path) 
     minus = [{"question": f"{i} - 0 =", "answer": str(i)} for i in range(10, 40)]
     data = module(tmp_path, train, minus[:15], minus[15:])
     assert data.prepared.facts["audit"]["leakage"]["num_pairs"] == 0
+
+
+def test_what_was_dropped_is_not_warned_of_nor_counted(tmp_path: Path) -> None:
+    train, validation, test = rows(60, 0), rows(20, 1), rows(20, 2)
+    validation[3] = train[10]
+    train[11] = train[10]
+    facts = module(tmp_path, train, validation, test, drop_leaked=True).prepared.facts
+    assert facts["audit"]["rows"]["train"] == 58
+    assert facts["audit"]["repeated_rows"] == {"repeated": 0, "near": 0}
+    assert not [note for note in facts["notes"] if note.startswith("WARNING")]
+    with pytest.raises(UserError, match="data.drop_leaked: no rows are left for train"):
+        module(tmp_path, validation, validation, test, drop_leaked=True).prepare_data()

@@ -136,7 +136,7 @@ def test_an_adapter_is_not_put_on_another_base_or_scale(
         ([*LOFTQ, "--model.lora.lora_alpha", "32"], "must be 1: set model.lora.lora_alpha: 8, got 32"),
         (["--model.lora.init_lora_weights", "eva"], "eva is not possible: it needs a pass over the data"),
         (["--model.lora.target_modules", '["q_prj"]'],
-         "['q_prj'] are not in this LlamaForCausalLM; its linear layers are named: down_proj, gate_proj, k_proj"),
+         "['q_prj'] are not in this LlamaForCausalLM; did you mean 'q_proj'?; its linear layers are named: down_proj"),
     ],
 )  # fmt: skip
 def test_lora_settings_that_cannot_be_had_are_refused(

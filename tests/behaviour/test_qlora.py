@@ -66,15 +66,22 @@ def test_qlora_trains_resumes_and_tests(
     assert tested.code == 0, tested.err
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize("architecture", ["llama", "phi", "gpt2"])
 def test_the_quantized_weights_are_left_alone(
-    command_line: CommandLine, fit_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    quantization: str,
 ) -> None:
     from fine_tune.modules import SFT
 
     seen: list[dict[str, torch.Tensor]] = []
 
     def remember(self: SFT) -> None:
-        frozen = {n: p for n, p in self.named_parameters() if "base_layer" in n or "embed" in n}
+        frozen = {n: p for n, p in self.named_parameters() if "lora_" not in n}
         seen.append({name: parameter.detach().clone() for name, parameter in frozen.items()})
         if len(seen) == 1:
             kinds = {type(m).__name__ for m in self.modules()}
@@ -83,12 +90,12 @@ def test_the_quantized_weights_are_left_alone(
 
     monkeypatch.setattr(SFT, "on_fit_start", remember)
     monkeypatch.setattr(SFT, "on_fit_end", remember)
-    folder = save_model("llama", tmp_path / "llama")
+    folder = save_model(architecture, tmp_path / architecture)
     args = [
         "--model.model_name_or_path",
         folder,
         "--model.quantization",
-        "nf4",
+        quantization,
         "--model.lora",
         "auto",
     ]

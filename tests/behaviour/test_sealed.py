@@ -190,3 +190,36 @@ def test_a_finished_run_can_still_be_tested_at_its_end(
     assert outcome.code == 0, outcome.err
     assert "opened for the 1st time" in outcome.out
     assert "test/loss" in outcome.out
+
+
+def test_whoever_opens_it_is_counted(rows_file: Path, tmp_path: Path) -> None:
+    module = data(rows_file, tmp_path)
+    module.setup("test")
+    assert len(module.rows("test")) == module.plan.num_rows["test"]
+    sealed: Any = module.sealed_test
+    sealed.open()
+    assert len(sealed.openings()) == 2
+    assert all(o["test_hash"] == sealed.hash and o["time"] for o in sealed.openings())
+
+
+def test_an_opening_outside_a_run_is_told_by_the_next_one(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    ask = ["--trainer.callbacks+=test_sealed.AsksForTestRows", "--trainer.callbacks.how", "setup"]
+    ask += ["--trainer.callbacks.hook", "on_validation_end"]
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "1").run()
+    verb = ["--config", run.path / "config.yaml", "--ckpt_path", "best"]
+    looked = command_line("validate", *verb, *ask, root=False)
+    assert looked.code == 0, looked.err
+    tested = command_line("test", *verb, root=False)
+    assert "opened for the 2nd time" in tested.out and "outside a run" in tested.out
+
+
+def test_rows_handed_out_before_are_not_at_hand_while_a_model_is_trained(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    module = data(rows_file, tmp_path)
+    module.setup("test")
+    module.setup("fit")
+    with pytest.raises(UserError, match="sealed while a model is trained"):
+        module.rows("test")

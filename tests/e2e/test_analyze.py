@@ -50,7 +50,7 @@ def test_empty_completions_are_counted_here_and_refused_by_fit(
         "fit", *fit_args, "--data.empty_completions", "drop", "--trainer.max_steps", "1"
     )
     assert dropped.code == 0, dropped.err
-    assert "2 rows with an empty completion left out" in dropped.out
+    assert "2 rows with an empty answer left out" in dropped.out
     assert sum(dropped.run().read()["num_rows"].values()) == 38
 
 

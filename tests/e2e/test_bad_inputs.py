@@ -87,6 +87,18 @@ def test_unknown_verb(command_line: CommandLine) -> None:
             ["model.tokenizer: folder 'nowhere/at/all' does not exist"],
         ),
         ("--data.path", "nowhere.jsonl", ["data.path: 'nowhere.jsonl' does not exist"]),
+        ("--data.group_by", "[a, b]", ["data.group_by: Expected a str"]),
+        (
+            "--data.group_by",
+            "questoin",
+            ["data.group_by: the field 'questoin' is missing", "did you mean"],
+        ),
+        ("--data.split", "random", ["data.split: give ratios like {train: 0.8", "got 'random'"]),
+        ("--data.split", "{train: 80, validation: 10, test: 10}", ["or as shares: {'train': 0.8"]),
+        ("--data.max_length", "2", ["data.max_length: no rows are left", "no row fits 2 tokens"]),
+        ("--model.lora", "atuo", ["model.lora: give auto, or LoRA's own settings", "got 'atuo'"]),
+        ("--model.lora=auto", "--model.lora.r=32", ["model.lora.r: model.lora: auto chooses it"]),
+        ("--targets", "{val_loss: 1}", ["'val_loss' is not measured; did you mean 'val/loss'?"]),
         ("--data.prompt", "{qestion}", ["wants the field 'qestion'", "did you mean 'question'?"]),
     ],
 )

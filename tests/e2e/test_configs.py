@@ -10,6 +10,9 @@ from harness import REPOSITORY, TOKENIZER, CommandLine, write_rows
 from small_models import save_small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PhiConfig, Qwen2Config
 
+from fine_tune.runs.run_folder import RunFolder
+from fine_tune.summary import reached
+
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 
@@ -142,12 +145,23 @@ def test_phi2_xsum_runs_its_schedule_to_the_end(command_line: CommandLine, tmp_p
 
 
 def test_targets_are_reached_or_missed(command_line: CommandLine, fit_args: list[str]) -> None:
-    targets = '{"val/loss": 100, "val/token_accuracy": 1.5, "val/blue": 3}'
+    targets = '{"val/loss": 100, "val/token_accuracy": 1.5}'
     outcome = command_line("fit", *fit_args, "--targets", targets)
     assert outcome.code == 0, outcome.err
     assert "target val/loss 100: reached with" in outcome.out
     assert "target val/token_accuracy 1.5: missed with" in outcome.out
-    assert "target val/blue 3: not measured" in outcome.out
+    again = ["fit", "--config", outcome.run().path / "config.yaml", "--ckpt_path", "last"]
+    finished = command_line(*again, root=False)
+    assert "this run is finished" in finished.out
+    assert "target val/loss 100: reached with" in finished.out
+
+
+def test_targets_of_pairs_know_which_way_is_better(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    metrics = {"val/rewards_margin": 0.06, "val/rewards_accuracy_low": 0.34, "val/loss": 0.7}
+    run.update({"results": [{"split": "validation", "metrics": metrics}]})
+    targets = {"val/rewards_margin": 1.0, "val/rewards_accuracy_low": 0.1, "val/loss": 0.5}
+    assert [line.split()[3] for line in reached(run, targets)] == ["missed", "reached", "missed"]
 
 
 def test_the_precision_that_ran_is_said_and_saved(

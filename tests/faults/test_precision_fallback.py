@@ -193,3 +193,11 @@ def test_validation_that_is_no_number_is_reported(
     outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--trainer.max_steps", "2")
     assert outcome.code == 0, outcome.err
     assert "WARNING: val/loss is nan" in outcome.out
+
+
+def test_an_update_that_16_bit_weights_do_not_survive_is_told_before_the_first_step(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    refused = command_line("fit", *fit_args, "--trainer.precision", "16-true")
+    assert refused.code == 2 and "Traceback" not in refused.err
+    assert "trainer.precision: under 16-true AdamW makes weights of 16 bit infinite" in refused.err

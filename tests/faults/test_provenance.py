@@ -121,10 +121,14 @@ def test_explain_step_stops_where_the_data_has_changed(
     assert f"data: {rows_file}: is not what the run was trained on any more" in told.err
 
 
-def test_a_run_knows_its_parents(command_line: CommandLine, fit_args: list[str]) -> None:
+@pytest.mark.parametrize("given", ["checkpoint", "run folder"])
+def test_a_run_knows_its_parents(
+    command_line: CommandLine, fit_args: list[str], given: str
+) -> None:
     parent = command_line("fit", *fit_args, "--name", "parent").run("parent")
-    last = parent.checkpoint("last")
-    child = command_line("fit", *fit_args, "--model.model_name_or_path", last, "--name", "child")
+    last = parent.checkpoint("best")
+    model = last if given == "checkpoint" else parent.path
+    child = command_line("fit", *fit_args, "--model.model_name_or_path", model, "--name", "child")
     assert child.code == 0, child.err
     record = child.run("child").read()
     assert record["parents"] == [

@@ -9,8 +9,12 @@ from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    FalconConfig,
     GPT2Config,
+    HunYuanMoEV1Config,
+    JetMoeConfig,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     PhiConfig,
     PreTrainedConfig,
@@ -84,15 +88,19 @@ def test_rank_and_scaling_follow_the_size(
                           first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
                           qk_rope_head_dim=16, v_head_dim=16, qk_nope_head_dim=16),
          {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
+        (JetMoeConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_local_experts=4,
+                      num_key_value_heads=4, kv_channels=8, intermediate_size=32), {"kv_proj"}),
+        (HunYuanMoEV1Config(**TINY, num_experts=4, moe_topk=1, intermediate_size=32, head_dim=16),
+         ATTENTION),
     ],
-    ids=["qwen3_moe", "qwen3_moe-dense-layer", "mixtral", "qwen2_moe", "deepseek_v3"],
+    ids=["qwen3_moe", "qwen3_moe-dense-layer", "mixtral", "qwen2_moe", "deepseek_v3", "jetmoe", "hunyuan"],
 )  # fmt: skip
 def test_auto_never_adapts_experts_or_routers(config: PreTrainedConfig, targets: set[str]) -> None:
     lora = auto_lora(config)
     assert set(lora.target_modules or []) == targets
     adapted = [name for name, _ in on_meta(config, lora).named_parameters() if "lora_" in name]
     assert adapted
-    assert not [n for n in adapted if ".experts" in n or ".gate." in n or "router" in n]
+    assert not [n for n in adapted if ".experts" in n or ".gate." in n or ".router." in n]
     assert not [n for n in adapted if "shared_expert_gate" in n]
 
 
@@ -107,13 +115,40 @@ def test_gpt2s_conv1d_layers_are_found() -> None:
     assert names == {base + n for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
 
 
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        (FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4),
+         {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        (MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1), {"in_proj", "x_proj", "dt_proj"}),
+    ],
+    ids=["falcon", "mamba"],
+)  # fmt: skip
+def test_linear_layers_of_a_kind_of_their_own_are_found(
+    config: PreTrainedConfig, targets: set[str]
+) -> None:
+    lora = auto_lora(config)
+    assert set(lora.target_modules or []) == targets
+    check_lora(config, lora)
+
+
+def test_a_dense_model_excludes_nothing_so_that_peft_does_not_warn() -> None:
+    assert auto_lora(LlamaConfig(**TINY)).exclude_modules is None
+
+
+def test_one_unknown_target_among_known_ones_is_told() -> None:
+    with pytest.raises(UserError, match=r"\['v_prj'\] are not in this .*did you mean 'v_proj'"):
+        check_lora(LlamaConfig(**TINY), LoraConfig(target_modules=["q_proj", "v_prj"]))
+    check_lora(LlamaConfig(**TINY), LoraConfig(target_modules=["self_attn.q_proj"]))
+
+
 def test_unknown_targets_are_told_with_the_names_there_are() -> None:
     with pytest.raises(UserError) as caught:
         check_lora(
             GPT2Config(n_embd=64, n_layer=1, n_head=4), LoraConfig(target_modules=["q_proj"])
         )
     assert caught.value.problems == (
-        "model.lora.target_modules: ['q_proj'] are not in this GPT2LMHeadModel; "
+        "model.lora.target_modules: ['q_proj'] are not in this GPT2LMHeadModel; did you mean 'c_proj'?; "
         "its linear layers are named: c_attn, c_fc, c_proj",
     )
 

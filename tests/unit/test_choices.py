@@ -28,9 +28,13 @@ def test_max_length_is_the_longest_row_up_to_a_multiple_of_128_within_the_cap(
         (100, 8, 1),
         (2_000, 8, 1),
         (2_001, 4, 2),
+        (4_000, 4, 2),
         (4_001, 2, 4),
+        (8_000, 2, 4),
         (8_001, 1, 8),
+        (12_000, 1, 8),
         (12_001, 1, 16),
+        (16_000, 1, 16),
         (16_001, 1, 32),
     ],
 )
@@ -67,5 +71,9 @@ def test_the_reason_names_the_longest_row() -> None:
     held = choose(np.array([2_048, 20]), longest_row=2_500, max_length=2_048, length_cap=2_048)
     assert (
         held["data.max_length"].reason
-        == "longest training row 2,500 tokens, held to 2,048 by the model's positions"
+        == "longest training row 2,500 tokens, held to 2,048, the model's positions"
     )
+    ours = choose(np.array([32_768]), longest_row=120_005, max_length=32_768, length_cap=32_768)
+    assert ours["data.max_length"].reason.endswith("held to 32,768, the most a rule gives")
+    full = choose(np.array([1_000]), longest_row=1_000, max_length=1_000, length_cap=1_000)
+    assert full["data.max_length"].reason.endswith("up to the model's 1,000 positions")

@@ -103,7 +103,7 @@ def test_recommended_ratios(num_rows: int, ratios: tuple[float, float, float]) -
         ({"train": 0.8, "valid": 0.2}, "unknown split"),
         ({"validation": -5, "test": 10}, "negative"),
         ({"train": 100, "test": 10}, "all other rows train"),
-        ({"validation": float("inf"), "test": 3}, "negative or infinite"),
+        ({"validation": float("inf"), "test": 3}, "finite and not negative"),
         ({"validation": 3.7, "test": 0.5}, "mixes row counts with shares"),
     ],
 )
