@@ -154,6 +154,21 @@ def load_model(
     return cast(PreTrainedModel, model)
 
 
+def scoring_pad(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Choose the pad token of a saved model with a scalar head.
+
+    transformers reads the score at the last token that is not the pad token. A pad that is the stop token, too, would
+    make it read one token early.
+
+    Returns:
+        The tokenizer's pad token, or another special token if that is its EOS; None if there is none: such a model can
+        be asked for one row at a time only.
+    """
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    wanted = [tokenizer.pad_token, tokenizer.unk_token, *specials]
+    return next((t for t in wanted if t is not None and t != tokenizer.eos_token), None)
+
+
 def quantization_config(
     kind: str, compute_dtype: torch.dtype, head: Head = "lm"
 ) -> BitsAndBytesConfig:

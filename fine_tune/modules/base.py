@@ -324,7 +324,7 @@ class StepModule(LightningModule):
     def export(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
         """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
         assert self.model is not None
-        export(self.model, self.tokenizer, folder, state_dict)
+        export(self.model, self.tokenizer, folder, state_dict, self.head)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the weights of the checkpoint's folder into the model.

@@ -1,5 +1,7 @@
 """The weights of a module: loaded as its settings say, and what of them a checkpoint keeps."""
 
+import copy
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from fine_tune.modules.run_identity import read_identity, weights_content
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule
+
+log = logging.getLogger("fine_tune")
 
 
 def load_weights(
@@ -44,6 +48,11 @@ def load_weights(
             adapters.go_on_with_adapter(model, Path(settings.continued_adapter))
         if precision.endswith("mixed"):
             adapters.keep_trained_in_float32(model)
+    if settings.head == "score" and models.scoring_pad(tokenizer) is None:
+        log.info(
+            "WARNING: the tokenizer has no special token but its EOS to pad with: transformers will score the saved "
+            "model's rows one at a time only"
+        )
     model.train()
     return model
 
@@ -76,10 +85,18 @@ def weights_to_keep(module: "StepModule", state_dict: dict[str, Tensor]) -> dict
 
 
 def export(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, state_dict: dict[str, Tensor]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: dict[str, Tensor],
+    head: models.Head = "lm",
 ) -> None:
     """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
     options: dict[str, Any] = {"state_dict": state_dict}
+    if head == "score":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = models.scoring_pad(tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id
     if isinstance(model, PeftModel):
         options["save_embedding_layers"] = False
     model.save_pretrained(str(folder), **options)

@@ -55,14 +55,27 @@ def test_prefix_sharing_micro_batches_and_processes_change_nothing(
     assert losses(other, "together") == pytest.approx(shared, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi", "qwen2"])
+@pytest.mark.parametrize(
+    ("architecture", "pad"),
+    [
+        ("llama", "<pad>"),
+        ("gpt2", "<pad>"),
+        ("phi", "<pad>"),
+        ("qwen2", "<pad>"),
+        ("llama", "<eos>"),
+    ],
+)
 def test_a_saved_reward_model_scores_in_transformers_as_in_training(
-    command_line: CommandLine, reward_args: list[str], tmp_path: Path, architecture: str
+    command_line: CommandLine, reward_args: list[str], tmp_path: Path, architecture: str, pad: str
 ) -> None:
     fields: dict[str, Any] = {"num_key_value_heads": 2}
     if architecture == "gpt2":  # which trains with dropout by default
         fields = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     save_small_model(tmp_path / "model", architecture, **fields)
+    for name in ("tokenizer_config.json", "config.json"):
+        file = tmp_path / "model" / name
+        pads = {"pad_token": pad} if name[0] == "t" else {"pad_token_id": int(pad == "<eos>")}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **pads}))
     model = ["--model.model_name_or_path", str(tmp_path / "model"), "--data.split", "none"]
     outcome = command_line("fit", *reward_args, *model, "--data.batch_size", "50")
     assert outcome.code == 0, outcome.err
@@ -72,15 +85,13 @@ def test_a_saved_reward_model_scores_in_transformers_as_in_training(
     again = ["--model.model_name_or_path", str(best), "--model.optimizer.lr", "0"]
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
 
-    def reward(prompt: str, answer: str) -> float:
-        ids = tokenizer(prompt)["input_ids"] + tokenizer(answer + tokenizer.eos_token)["input_ids"]
-        with torch.no_grad():
-            return float(opened(torch.tensor([ids])).logits)
+    def rewards(name: str) -> torch.Tensor:
+        texts = [row["prompt"] + row[name] + tokenizer.eos_token for row in rows]
+        with torch.no_grad():  # all at once: where a row ends is found by the pad token
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+            return opened(**inputs).logits[:, 0].double()
 
-    margins = [
-        reward(row["prompt"], row["chosen"]) - reward(row["prompt"], row["rejected"])
-        for row in rows
-    ]
+    margins = (rewards("chosen") - rewards("rejected")).tolist()
     expected = sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
     more = ["--model.optimizer.lr", "1e-9", "--trainer.max_steps", "1", "--name", "again"]
     second = command_line("fit", *reward_args, *model, *again[:2], *more, "--data.batch_size", "50")
