@@ -28,10 +28,11 @@ from fine_tune.data.steps import StepSampler
 from fine_tune.modules import DPO
 
 NUM_PAIRS, LEARNING_RATE = 48, 3e-4
-MAX_DIFFERENCE = 1e-4  # relative; of a loss or a log-probability below 0.01, 1e-6 absolute
-# Rewards are 0.1 times the difference of two log-probabilities of up to some hundred, which TRL sums in float32: their
-# own resolution is 0.1 * 2^-23 * 300.
-RESOLUTION = 4e-6
+MAX_DIFFERENCE = 1e-4  # relative; of anything below 0.01, 1e-6 absolute
+# Rewards are 0.1 times the difference of two log-probabilities, which TRL sums in float32: their own resolution is
+# 0.1 * 2^-23 * 30 for answers of up to 2 words, and 0.1 * 2^-23 * 300 for those of up to 30.
+WORDS = 2
+LONG, RESOLUTION_OF_LONG = "long", 4e-6
 LORA: dict[str, Any] = {
     "r": 4,
     "lora_alpha": 8,
@@ -56,18 +57,21 @@ CASES = [
     ("apo_down", "full", []),
     ("sigmoid", "lora", []),
     ("sigmoid", "full", ["--model.ld_alpha=0.5"]),
+    ("sigmoid", LONG, []),
 ]
 
 
-@pytest.fixture
-def pairs(tmp_path: Path) -> Path:
+def write_pairs(file: Path, num_words: int) -> Path:
     chosen, rejected = make_rows(NUM_PAIRS, seed=3), make_rows(NUM_PAIRS, seed=4)
-    file = tmp_path / "pairs.jsonl"
+
+    def first_words(text: str) -> str:
+        return " " + " ".join(text.split()[:num_words])
+
     lines = [
         {
             "prompt": c["prompt"],
-            "chosen": c["completion"],
-            "rejected": r["completion"] + " lain",
+            "chosen": first_words(c["completion"]),
+            "rejected": first_words(r["completion"]) + " lain",
         }
         for c, r in zip(chosen, rejected, strict=True)
     ]
@@ -83,11 +87,12 @@ def test_losses_rewards_and_logps_equal_those_of_trl(
     trained: str,
     more: list[str],
     small_model: Callable[[str], Path],
-    pairs: Path,
+    tmp_path: Path,
     root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = small_model("llama")
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 30 if trained == LONG else WORDS)
     adapter = _random_adapter(folder) if trained == "lora" else None
     data = PreferenceData(
         path=str(pairs),
@@ -114,7 +119,9 @@ def test_losses_rewards_and_logps_equal_those_of_trl(
         found = np.array(run.column(ours))
         if name == "rewards/accuracies" and adapter is None:
             expected, found = expected[2:], found[2:]  # the first rate is 0, so all rewards are
-        floor = RESOLUTION / MAX_DIFFERENCE if ours.startswith("train/rewards") else 1e-2
+        floor = 1e-6 / MAX_DIFFERENCE
+        if trained == LONG and ours.startswith("train/rewards"):
+            floor = RESOLUTION_OF_LONG / MAX_DIFFERENCE
         difference = np.abs(found - expected) / np.maximum(np.abs(expected), floor)
         worst[ours] = float(np.max(difference))
     print(f"\n{loss} {trained} {more}: {worst}; loss {logged[0]['loss']} -> {logged[-1]['loss']}")
