@@ -225,12 +225,7 @@ def restore_weights(model: Any, folder: Path, *, same_base: bool = False) -> Non
         UserError: The folder holds other weights than the model: full instead of adapter, another base, rank or
             shape.
     """
-    has_adapter = (folder / "adapter_config.json").is_file()
-    if isinstance(model, PeftModel) != has_adapter:
-        kinds = ("an adapter", "full weights") if has_adapter else ("full weights", "an adapter")
-        raise UserError(
-            f"ckpt_path: '{folder}' holds {kinds[0]}, but the config trains {kinds[1]} (model.lora)"
-        )
+    check_kind(folder, trains_adapter=isinstance(model, PeftModel))
     if isinstance(model, PeftModel):
         _restore_adapter(model, folder, same_base)
     else:
@@ -244,6 +239,20 @@ def restore_weights(model: Any, folder: Path, *, same_base: bool = False) -> Non
 
 def _listed(targets: Any) -> list[str]:
     return [targets] if isinstance(targets, str) else sorted(targets or [])
+
+
+def check_kind(folder: Path, *, trains_adapter: bool) -> None:
+    """Hold what a checkpoint holds against what is trained.
+
+    Raises:
+        UserError: Full weights instead of an adapter, or the other way round.
+    """
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if trains_adapter != has_adapter:
+        kinds = ("an adapter", "full weights") if has_adapter else ("full weights", "an adapter")
+        raise UserError(
+            f"ckpt_path: '{folder}' holds {kinds[0]}, but the config trains {kinds[1]} (model.lora)"
+        )
 
 
 def _restore_adapter(model: Any, folder: Path, same_base: bool) -> None:

@@ -167,11 +167,20 @@ class StepModule(LightningModule):
         self.model_settings.check(plan, tokenizer, self.num_warmup_steps(plan))
 
     def configure_model(self) -> None:
-        """Load or initialise the weights, once."""
-        if self.model is not None:
-            return
+        """Load or initialise the weights, once; full weights of a checkpoint come with it, and from nowhere else."""
+        if self.model is None and not self._awaits_checkpoint:
+            self._load()
+
+    @property
+    def _awaits_checkpoint(self) -> bool:
+        """Whether a checkpoint brings all weights as soon as the model is configured."""
+        later = self.trainer.strategy.restore_checkpoint_after_setup
+        return self.trainer.ckpt_path is not None and self.model_settings.lora is None and not later
+
+    def _load(self, checkpoint: Path | None = None) -> None:
         seed_all(self.seed, "weights")
-        self.model = load_weights(self.model_settings, self.tokenizer, str(self.trainer.precision))
+        precision = str(self.trainer.precision)
+        self.model = load_weights(self.model_settings, self.tokenizer, precision, checkpoint)
         if self.trainer.state.fn == "fit":
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             total, share = self.model.num_parameters(), "weights: %s, %s of them trained (%.2f %%)"
@@ -332,9 +341,11 @@ class StepModule(LightningModule):
         Raises:
             UserError: The folder holds another kind of weights, or an adapter of another base or shape.
         """
-        self.configure_model()
-        assert self.model is not None
-        restore_weights(self.model, self.model_settings, Path(checkpoint["folder"]))
+        folder = Path(checkpoint["folder"])
+        if self.model is None:
+            self._load(folder)
+        else:
+            restore_weights(self.model, self.model_settings, folder)
         if self.trainer.state.fn == "fit":
             follow_settings(self, checkpoint)
 

@@ -22,15 +22,31 @@ log = logging.getLogger("fine_tune")
 
 
 def load_weights(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, precision: str
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: str,
+    checkpoint: Path | None = None,
 ) -> Any:
-    """Load or initialise the model, quantized and adapted as the settings say, ready to train."""
+    """Load or initialise the model, quantized and adapted as the settings say, ready to train.
+
+    Args:
+        settings: Which model, and how.
+        tokenizer: Its tokenizer.
+        precision: The trainer's.
+        checkpoint: Folder of a checkpoint whose full weights are loaded in place of the model's.
+
+    Raises:
+        UserError: The weights do not fit the config, or the checkpoint holds an adapter.
+    """
     dtype = weights_dtype(settings.dtype, precision, frozen=settings.lora is not None)
     quantization = None
     if settings.quantized:
         compute_dtype = precision_dtype(precision) or dtype
         quantization = models.quantization_config(settings.quantized, compute_dtype, settings.head)
     name, revision = settings.base
+    if checkpoint is not None:
+        adapters.check_kind(checkpoint, trains_adapter=False)
+        name, revision = str(checkpoint), None
     model: Any = models.load_model(
         settings.resolved_config(tokenizer),
         name,
