@@ -23,7 +23,7 @@ from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 GB = 1e9
-FIRST_TIME_SECONDS = 5.0
+FIRST_TIME_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fine_tune.batches import DataPlan, StepFailure, data_of, log_interval, plan_of
+from fine_tune.batches import DataPlan, StepFailure, data_of, plan_of
 from fine_tune.errors import UserError
 from fine_tune.models import Head
 from fine_tune.modules.changed_settings import follow_settings, step_settings
@@ -32,7 +32,7 @@ from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
 from fine_tune.modules.precision import follow_precision
 from fine_tune.modules.seeding import seed_all
-from fine_tune.modules.throughput import Throughput
+from fine_tune.modules.step_log import Throughput, log_step
 from fine_tune.modules.weights import export, load_weights, restore_weights, weights_to_keep
 
 log = logging.getLogger("fine_tune")
@@ -211,7 +211,7 @@ class StepModule(LightningModule):
                 break
             self.handle(gradient.failure)
         self._throughput.add(gradient.num_tokens)
-        self._log_step(gradient)
+        log_step(self, gradient, self._throughput)
         return gradient.loss
 
     def gradients(self, batch: Any) -> StepGradient:
@@ -268,21 +268,6 @@ class StepModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.plan.num_steps:
             self.trainer.should_stop = True  # validate after the last step, whatever the interval
-
-    def _log_step(self, gradient: StepGradient) -> None:
-        step = self.trainer.global_step + 1
-        values: dict[str, Any] = {
-            "step": float(step),
-            "epoch": step / self.plan.steps_per_epoch,
-            "train/loss": gradient.loss,
-            **{f"train/{name}": value for name, value in gradient.metrics.items()},
-            "lr": self.trainer.optimizers[0].param_groups[0]["lr"],
-        }
-        if step % log_interval(self.trainer) == 0:
-            values["perf/tokens_per_second"] = self._throughput.take()
-            if self.device.type == "cuda":
-                values["perf/vram_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.log_dict(values)
 
     # ---- evaluation
 

@@ -1,0 +1,66 @@
+"""What is logged of an optimizer step, tokens per second without the time of validations among it."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fine_tune.batches import log_interval
+from fine_tune.modules.gradients import StepGradient
+
+if TYPE_CHECKING:
+    from fine_tune.modules.base import StepModule
+
+
+class Throughput:
+    """A stopwatch over trained tokens, of all ranks."""
+
+    def __init__(self) -> None:
+        self._num_tokens, self._start, self._pause_start = 0.0, 0.0, 0.0
+
+    def start(self) -> None:
+        """Count from now."""
+        self._num_tokens, self._start = 0.0, time.perf_counter()
+
+    def add(self, num_tokens: float) -> None:
+        """Count the tokens of a step."""
+        self._num_tokens += num_tokens
+
+    def pause(self) -> None:
+        """Stop the watch until ``go_on``."""
+        self._pause_start = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Leave out the time since ``pause``."""
+        self._start += time.perf_counter() - self._pause_start
+
+    def take(self) -> float:
+        """Return the tokens per second since the last time, and start again."""
+        now = time.perf_counter()
+        rate = self._num_tokens / (now - self._start)
+        self._num_tokens, self._start = 0.0, now
+        return rate
+
+
+def log_step(module: "StepModule", gradient: StepGradient, throughput: Throughput) -> None:
+    """Log an optimizer step: its number from 1, the learning rate it is taken with, its loss and metrics.
+
+    Args:
+        module: Whose step.
+        gradient: What its rows gave.
+        throughput: Read where a row of ``metrics.csv`` is written.
+    """
+    trainer = module.trainer
+    step = trainer.global_step + 1
+    values: dict[str, Any] = {
+        "step": float(step),
+        "epoch": step / module.plan.steps_per_epoch,
+        "train/loss": gradient.loss,
+        **{f"train/{name}": value for name, value in gradient.metrics.items()},
+        "lr": trainer.optimizers[0].param_groups[0]["lr"],
+    }
+    if step % log_interval(trainer) == 0:
+        values["perf/tokens_per_second"] = throughput.take()
+        if module.device.type == "cuda":
+            values["perf/vram_peak_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
+    module.log_dict(values)
