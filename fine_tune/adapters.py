@@ -25,7 +25,7 @@ from fine_tune.models import AUTO_CLASSES, Head
 
 # What peft changes of the base when it makes the adapter, it changes again when it opens the saved one.
 INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora")
-SHAPE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 TASKS = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}  # by the latter peft trains the scalar head as well
 PEFTS_OWN = (
     *("task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"),
@@ -195,8 +195,17 @@ def changed_fields(lora: LoraConfig) -> dict[str, Any]:
 
 
 def other_shape(lora: Any, folder: str | Path) -> str | None:
-    """Say in what LoRA settings differ from those of the adapter in a folder, if their weights do not fit."""
+    """Say in what LoRA settings differ from those of the adapter in a folder, if their weights do not fit.
+
+    Args:
+        lora: The settings, or ``auto``: those of the folder.
+        folder: Holds the adapter.
+    """
     saved = saved_lora(folder)
+    if saved.init_lora_weights in INITS_THAT_CHANGE_THE_BASE:
+        return f"init_lora_weights {saved.init_lora_weights!r}, which changed its base"
+    if lora == "auto":
+        return None
     for field in SHAPE:
         if getattr(saved, field) != getattr(lora, field):
             return (
@@ -209,8 +218,22 @@ def other_shape(lora: Any, folder: str | Path) -> str | None:
 
 
 def go_on_with_adapter(model: Any, folder: Path) -> None:
-    """Put the weights of a folder's adapter into a model's, of the same shape; a new scalar head stays as it is."""
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    """Put the weights of a folder's adapter into a model's, of the same shape; a new scalar head stays as it is.
+
+    Raises:
+        UserError: One of them has weights that the other lacks.
+    """
+    saved = load_peft_weights(str(folder), device="cpu")
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    new_head = {name: value for name, value in wanted.items() if name.endswith(".score.weight")}
+    saved = {**new_head, **saved}
+    if saved.keys() != wanted.keys():
+        different = sorted(saved.keys() ^ wanted.keys())
+        raise UserError(
+            f"model.lora: the adapter in '{folder}' has other weights than the config's (first: {different[0]}); "
+            "set model.lora: auto, which takes its settings over"
+        )
+    set_peft_model_state_dict(model, saved)
 
 
 def restore_weights(model: Any, folder: Path, *, same_base: bool = False) -> None:

@@ -66,6 +66,7 @@ class DataPlan:
         planned_steps: Optimizer steps the epochs hold, before ``trainer.max_steps`` cuts them.
         largest_token_id: Largest id in any row, to be held against the model's vocabulary.
         test_hash: Identity of the sealed test split, by the content of its rows; None without one.
+        unread_margins: Pairs whose margin is no number.
         choices: What rules give to settings left open, by key (``data.max_length``, ``model.gradient_checkpointing``).
         notes: Lines for the start summary (truncated, dropped, cached ...).
     """
@@ -82,6 +83,7 @@ class DataPlan:
     planned_steps: int
     largest_token_id: int
     test_hash: str | None = None
+    unread_margins: int = 0
     choices: dict[str, Choice] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -186,7 +186,7 @@ def _check_value(
             return []
         if name == "optimizer" and "class_path" not in str(error) and "accepted" not in str(error):
             return [f"{where}: '{setting.value}' is not an optimizer; like torch.optim.AdamW"]
-        if rest in ALLOWED:
+        if rest in ALLOWED and not isinstance(plain(setting), dict):
             return [f"{where}: {ALLOWED[rest]}; got {str(setting.value)!r:.80}"]
         return [f"{where}: {innermost(str(error), cls, name)}"]
     told = misread_text(setting.value, got)

@@ -112,9 +112,13 @@ def load_model(
             config, base, dtype=dtype, attn_implementation=attn_implementation, head=head
         )
         kind = PeftConfig.from_pretrained(source)
+        if head == "lm" and kind.task_type == "SEQ_CLS":
+            log.info(
+                "WARNING: '%s' holds the adapter of a reward model; its head is left out", name
+            )
         kind.task_type = None  # of any kind of head
         merged: Any = PeftModel.from_pretrained(whole, source, config=kind)
-        model = merged.merge_and_unload()
+        model = merged.merge_and_unload().requires_grad_(True)  # peft froze it
         model.name_or_path = source  # what an adapter trained on it names as its base
         return cast(PreTrainedModel, model)
     try:

@@ -188,8 +188,12 @@ class SettingsCLI(LightningCLI):
         measured = [f"val/{name}" for name in model.evaluation_metrics]
         if self.subcommand == "fit":
             at_end = {"validation", *(["test"] if self.settings.test_at_end else [])}
+            answered = model.can_generate and self.settings.generations.test_rows
+            also = ["test/exact_match"] if answered else []
             problems += target_problems(
-                self.settings.targets, model.evaluation_metrics, at_end & plan.num_rows.keys()
+                self.settings.targets,
+                [*model.evaluation_metrics, *also],
+                at_end & plan.num_rows.keys(),
             )
         for key in ("early_stopping", "checkpoint"):
             monitor = self.settings[key].monitor

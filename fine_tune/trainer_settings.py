@@ -89,12 +89,13 @@ def target_problems(
 
     Args:
         targets: Values to reach, by metric.
-        measured: What the module measures of a split.
+        measured: What the module measures of a split; and ``test/exact_match`` where test rows are answered.
         splits: The splits it will be measured on at the end.
     """
     prefixes = [prefix for prefix, s in (("val", "validation"), ("test", "test")) if s in splits]
-    known = [f"{prefix}/{name}" for prefix in prefixes for name in measured]
-    known += ["test/exact_match"] if "test" in prefixes else []
+    names = [name for name in measured if "/" not in name]
+    known = [f"{prefix}/{name}" for prefix in prefixes for name in names]
+    known += [name for name in measured if "/" in name and name.split("/")[0] in prefixes]
     problems = []
     for name, target in targets.items():
         if name not in known:

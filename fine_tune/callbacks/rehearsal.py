@@ -18,6 +18,7 @@ from fine_tune.callbacks.generations import BATCH_ROWS, Generations, prompt_and_
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.device_memory import DeviceMemory
 from fine_tune.errors import UserError
+from fine_tune.ranks import any_rank
 from fine_tune.runs.checkpoint import LEFTOVERS
 from fine_tune.runs.run_folder import run_of
 
@@ -57,7 +58,8 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearse
         start = time.perf_counter()
         bytes_per_token = _worst_step(trainer, pl_module, batch, memory)
         step_seconds = time.perf_counter() - start
-        if step_seconds < FIRST_TIME_SECONDS:  # which counts what libraries do once: timed again
+        # The first time counts what libraries do once. All ranks time it again, or none: it waits for all.
+        if any_rank(step_seconds < FIRST_TIME_SECONDS, pl_module.device, trainer.world_size):
             start = time.perf_counter()
             with trainer.precision_plugin.train_step_context():
                 pl_module.gradients(batch)

@@ -136,8 +136,9 @@ def worse_answers(
 def _wrong_lengths(answer: str, other: list[str]) -> Iterator[str]:
     yield from (f"{answer}, atau mungkin {wrong}" for wrong in other)
     yield f"{answer} {answer} {answer}"
-    if len(answer) >= 4:
-        yield answer[: len(answer) // 2]
+    last_word = answer.split()[-1]
+    if len(last_word) >= 4:  # "rupee In": at the end of a word it might be right
+        yield answer[: len(answer) - len(last_word) // 2]
 
 
 def _pairs(

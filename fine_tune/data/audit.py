@@ -116,7 +116,7 @@ def _contradictory(rows: Dataset) -> int:
         if row["num_chosen"]:
             second = prompt + row["num_chosen"]
             sides = (ids[:prompt], ids[prompt:second], ids[second:])
-            pairs.add(tuple(tuple(side) for side in sides))
+            pairs.add(tuple(hash(tuple(side)) for side in sides))
     return sum((prompt, rejected, chosen) in pairs for prompt, chosen, rejected in pairs)
 
 

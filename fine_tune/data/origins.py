@@ -53,8 +53,11 @@ def rows_digest(rows: Dataset) -> str:
         digest.update(pc.list_value_length(table["labels"]).to_numpy().tobytes())
         digest.update(pc.list_flatten(table["input_ids"]).to_numpy().tobytes())
         digest.update(np.packbits(labels != IGNORE_INDEX).tobytes())
-        for name in ("row_id", "weight", "margin"):
+        for name in ("row_id", "weight"):
             digest.update(table[name].to_numpy().tobytes())
+        margins = table["margin"].to_numpy()
+        if margins.any():
+            digest.update(margins.tobytes())
     return digest.hexdigest()
 
 

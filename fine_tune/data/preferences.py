@@ -26,7 +26,7 @@ NEXT_SPEAKER = "\n\nAssistant:"  # of conversations written as one text, like An
 class Pair(TypedDict):
     """The two examples of a row; their prompts, or all turns but the last ones, are the same.
 
-    ``margin`` is by how much the chosen answer is better, where the data says so; else 0.
+    ``margin`` is by how much the chosen answer is better, where the data says so; else 0, and NaN if it is no number.
     """
 
     chosen: Example
@@ -199,9 +199,10 @@ def _conversations(row: Row) -> Pair:
 
 
 def _margin(row: Row) -> float:
+    """Read a margin; what is no number is told by the module that uses it."""
     value = row.get("margin")
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"the field 'margin' must be a number, got {value!r}")
-    return float(value)
+    try:
+        number = 0.0 if value is None else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return number if math.isfinite(number) and not isinstance(value, bool) else math.nan

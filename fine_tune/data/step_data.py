@@ -189,6 +189,9 @@ class StepData(LightningDataModule):
             planned_steps=planned_steps,
             largest_token_id=max(of_split["largest_token_id"] for of_split in counts.values()),
             test_hash=prepared.facts.get("test_hash"),
+            unread_margins=sum(
+                int(np.isnan(column(rows, "margin")).sum()) for rows in prepared.rows.values()
+            ),
             choices=choices,
             notes=prepared.facts["notes"] + ["tokens from the cache"] * prepared.cached,
         )

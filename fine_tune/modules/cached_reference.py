@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fine_tune.adapters import changed_fields
 from fine_tune.batches import PreferenceBatch, data_of
 from fine_tune.modules.evaluation import in_parts
 from fine_tune.modules.pair_logps import pair_logps
+from fine_tune.modules.precision import weights_dtype
 from fine_tune.modules.reference import reference_model, starts_as_base
 from fine_tune.modules.run_identity import weights_content
 from fine_tune.ranks import from_all_ranks
@@ -90,18 +92,18 @@ class CachedReference:
 
 
 def _key(module: "DPO") -> str:
-    settings = module.model_settings
+    settings, precision = module.model_settings, str(module.trainer.precision)
     parts = {
         "weights": weights_content(settings.model_name_or_path, settings.revision),
         "new": [settings.from_config, module.seed] if settings.from_config else None,
         "config": settings.config,
-        "dtype": settings.dtype,
+        "dtype": str(weights_dtype(settings.dtype, precision, frozen=settings.lora is not None)),
         "quantized": settings.quantized,
-        "precision": str(module.trainer.precision),
+        "precision": precision,
     }
     lora: Any = settings.lora
     if lora is not None and not starts_as_base(module) and settings.continued_adapter is None:
-        parts["adapter"] = [str(lora.init_lora_weights), lora.r, module.seed]
+        parts["adapter"] = [changed_fields(lora), module.seed]
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -88,8 +88,6 @@ def continued_adapter_problems(folder: str, lora: Any) -> list[str]:
     where = f"model.model_name_or_path: '{folder}' holds an adapter, which goes on being trained on its quantized base"
     if lora is None:
         return [f"{where}; set model.lora, like auto, which takes its settings over"]
-    if lora == "auto":
-        return []
     other = other_shape(lora, folder)
     fix = "set model.lora: auto, or leave quantization out, and it is merged into its base"
     return [f"{where}; it has {other}: {fix}"] if other else []

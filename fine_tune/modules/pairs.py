@@ -72,7 +72,7 @@ def can_share(model: Any, compute: Callable[[Any, PreferenceBatch, bool], Tensor
 
     Args:
         model: The model.
-        compute: What is wanted of pairs, ``[B, 2]``, with the prompt shared or not.
+        compute: What is compared of pairs, with the prompt shared or not: values whose size does not vanish.
     """
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -101,8 +101,11 @@ def can_share(model: Any, compute: Callable[[Any, PreferenceBatch, bool], Tensor
         return False  # it takes no such mask, or no positions
     finally:
         model.train(was_training)
-    tolerance = 1e-4 if one.dtype == torch.float32 and model.dtype == torch.float32 else 2e-2
-    return bool(torch.allclose(one, two, rtol=tolerance, atol=0))
+    is_wide = one.dtype == torch.float64 or (one.dtype == model.dtype == torch.float32)
+    tolerance = (
+        1e-4 if is_wide else 5e-2
+    )  # of 16 bit: noise is far below it, another token's answer far above
+    return bool(torch.linalg.norm(one - two) <= tolerance * torch.linalg.norm(two))
 
 
 def _shared_layout(

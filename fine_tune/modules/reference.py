@@ -98,7 +98,8 @@ def starting_weights(module: "DPO") -> dict[str, Tensor]:
         return start
     seed_all(module.seed, "weights")
     whole = load_weights(settings, module.tokenizer, str(module.trainer.precision))
-    return {name: p.detach().to(module.device) for name, p in whole.named_parameters()}
+    started = dict(whole.named_parameters())
+    return {name: started[name].detach().to(module.device) for name in trained}
 
 
 def _is_at_start(module: "DPO") -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from fine_tune.batches import PreferenceBatch
+from fine_tune.batches import DataPlan, PreferenceBatch
 from fine_tune.errors import UserError
 from fine_tune.losses import bradley_terry_loss
 from fine_tune.models import Head
@@ -75,6 +76,15 @@ class Reward(StepModule):
         loss_B, measured = self._losses(micro_batch)
         self.metrics.update(loss_B, *measured)
 
+    def check(self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> None:
+        """As for any module; and refuse margins that are no numbers."""
+        if plan.unread_margins:
+            raise UserError(
+                f"data.path: the field 'margin' of {plan.unread_margins:,} pairs is no number; give numbers, or "
+                "leave the field out"
+            )
+        super().check(plan, tokenizer)
+
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the loss of each pair, and what ``REWARD_METRICS`` names of it."""
         rewards_B2 = pair_rewards(self.model, batch, self.shares_prefix)
@@ -93,7 +103,7 @@ class Reward(StepModule):
 
     def _decide_sharing(self) -> None:
         if self.prefix_sharing is None:
-            self.shares_prefix = can_share(self.model, pair_rewards)
+            self.shares_prefix = can_share(self.model, _last_hidden)
         else:
             self.shares_prefix = self.prefix_sharing
 
@@ -111,7 +121,19 @@ def pair_rewards(model: Any, batch: PreferenceBatch, shared: bool) -> Tensor:
     Returns:
         ``[B, 2]``, in float32 or wider.
     """
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = _whole(model)
+    rewards_N1 = whole.score(_last_hidden(model, batch, shared))
+    rewards_B2 = rewards_N1.view(len(batch["lengths"]), 2)
+    return rewards_B2.float() if rewards_B2.element_size() < 4 else rewards_B2
+
+
+def _whole(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _last_hidden(model: Any, batch: PreferenceBatch, shared: bool) -> Tensor:
+    """Return the hidden state of both answers' last tokens, ``[2B, D]``, chosen and rejected by turns."""
+    whole = _whole(model)
     inputs, place = pair_inputs(whole, batch, shared=shared)
     device, num_pairs = inputs["input_ids"].device, len(batch["lengths"])
     lasts = [
@@ -124,7 +146,5 @@ def pair_rewards(model: Any, batch: PreferenceBatch, shared: bool) -> Tensor:
     rows_N = torch.arange(num_pairs, device=device).repeat_interleave(2)
     sides_N = torch.arange(2, device=device).repeat(num_pairs)
     hidden_BTD = whole.base_model(**inputs, use_cache=False).last_hidden_state
-    at_N = place(rows_N, positions_N, sides_N)
-    rewards_N1 = whole.score(hidden_BTD.flatten(0, 1)[at_N])
-    rewards_B2 = rewards_N1.view(num_pairs, 2)
-    return rewards_B2.float() if rewards_B2.element_size() < 4 else rewards_B2
+    last_ND: Tensor = hidden_BTD.flatten(0, 1)[place(rows_N, positions_N, sides_N)]
+    return last_ND

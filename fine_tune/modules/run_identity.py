@@ -24,7 +24,7 @@ STEPS, FILES, ROWS = "data.epochs, trainer.max_steps", "data.files", "data.train
 FREE = {
     "model": {
         "model_name_or_path", "revision", "tokenizer", "lora", "optimizer",
-        "attn_implementation", "gradient_checkpointing", "prefix_sharing",
+        "attn_implementation", "gradient_checkpointing", "prefix_sharing", "reference",
     },
     "data": {
         "path", "sources", "revision", "cache_dir", "tokenizer", "tokenizer_revision", "epochs",

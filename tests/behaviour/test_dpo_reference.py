@@ -94,6 +94,64 @@ def test_an_adapter_that_cannot_go_on_says_what_it_is(
     assert "it has r 8, and the config gives 4: set model.lora: auto" in other.err
 
 
+@pytest.mark.parametrize(
+    ("sft", "told"),
+    [
+        (["--model.lora.use_dora", "true"], "it has use_dora True, and the config gives False"),
+        (["--model.lora.modules_to_save", "[lm_head]"], "has other weights than the config's"),
+    ],
+)
+def test_no_part_of_an_adapter_that_goes_on_is_dropped(
+    command_line: CommandLine, dpo_args: list[str], fit_args: list[str], sft: list[str], told: str
+) -> None:
+    quantized = ["--model.quantization", "nf4", *LORA]
+    run = command_line("fit", *fit_args, *quantized, *sft, "--name", "sft").run("sft")
+    model = ["--model.model_name_or_path", str(run.path)]
+    refused = command_line("fit", *dpo_args, *quantized, *model)
+    assert refused.code == 2
+    assert told in refused.err
+
+
+def test_an_adapter_that_changed_its_base_does_not_go_on_on_a_quantized_one(
+    command_line: CommandLine, dpo_args: list[str], fit_args: list[str]
+) -> None:
+    run = command_line("fit", *fit_args, *PISSA, "--name", "sft").run("sft")
+    model = ["--model.model_name_or_path", str(run.path)]
+    refused = command_line("fit", *dpo_args, *QUANTIZED, *model)
+    assert refused.code == 2
+    assert "it has init_lora_weights 'pissa', which changed its base" in refused.err
+
+
+def test_all_weights_are_trained_after_an_adapter_was_merged(
+    command_line: CommandLine, dpo_args: list[str], fit_args: list[str]
+) -> None:
+    run = command_line("fit", *fit_args, *LORA, "--name", "sft").run("sft")
+    outcome = command_line("fit", *dpo_args, "--model.model_name_or_path", str(run.path))
+    assert losses(outcome)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert "(100.00 %)" in outcome.out
+
+
+def test_another_start_is_another_reference(command_line: CommandLine, dpo_args: list[str]) -> None:
+    random = ["--model.lora.r", "4", "--model.lora.init_lora_weights", "false"]
+    for i, more in enumerate(
+        (
+            ["--model.lora.target_modules", "[q_proj]"],
+            ["--model.lora.target_modules", "[q_proj, v_proj, up_proj]"],
+            ["--model.lora.target_modules", "[q_proj]", "--model.lora.lora_alpha", "64"],
+        )
+    ):
+        outcome = command_line("fit", *dpo_args, *random, *more, "--name", f"r{i}")
+        assert losses(outcome, f"r{i}")[0] == pytest.approx(math.log(2), abs=2e-6)
+
+
+def test_weights_in_another_type_are_another_reference(
+    command_line: CommandLine, dpo_args: list[str]
+) -> None:
+    args = [*dpo_args, "--trainer.precision", "bf16-mixed", "--trainer.max_steps", "1"]
+    assert "pairs of train to compute" in command_line("fit", *args, "--name", "full").out
+    assert "pairs of train to compute" in command_line("fit", *args, *LORA, "--name", "lora").out
+
+
 def test_a_run_folder_that_is_not_there_is_told_how_to_make_it(
     command_line: CommandLine, dpo_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Reward models on small real models: what is learned, where it is read, and that any Hugging Face tool opens them."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,9 @@ from preference_runs import LORA, losses, weights
 from processes import TWO, start
 from small_models import save_small_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fine_tune.modules.pairs import can_share
+from fine_tune.modules.reward import _last_hidden
 
 QLORA = ["--model.quantization", "nf4", "--model.lora", "auto"]
 
@@ -117,10 +121,19 @@ def test_a_margin_in_the_data_moves_the_loss(
     wide = losses(command_line("fit", *reward_args, "--name", "wide"), "wide")
     # at a margin of nearly 0, -log sigmoid(m - 2) is about 2.127 where -log sigmoid(m) is 0.693
     assert wide[0] - plain[0] == pytest.approx(math.log1p(math.exp(2)) - math.log(2), abs=0.3)
+    csv_file = tmp_path / "pairs.csv"  # a CSV holds texts
+    with open(csv_file, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, ["prompt", "chosen", "rejected", "margin"])
+        writer.writeheader()
+        writer.writerows({**row, "margin": "2.0"} for row in rows)
+    from_csv = command_line("fit", *reward_args, "--data.path", csv_file, "--name", "csv")
+    assert losses(from_csv, "csv") == wide
     write_rows(tmp_path / "pairs.jsonl", [{**row, "margin": "viel"} for row in rows])
     refused = command_line("fit", *reward_args)
     assert refused.code == 2
-    assert "pairs.jsonl:1: the field 'margin' must be a number, got 'viel'" in refused.err
+    assert "the field 'margin' of 45 pairs is no number" in refused.err
+    ignored = ["fine_tune.modules.DPO" if a.endswith(".Reward") else a for a in reward_args]
+    assert command_line("fit", *ignored, "--trainer.max_steps", "1").code == 0
 
 
 def test_settings_and_models_that_cannot_be_scored_are_refused(
@@ -128,18 +141,46 @@ def test_settings_and_models_that_cannot_be_scored_are_refused(
 ) -> None:
     refused = command_line("fit", *reward_args, "--model.center_rewards", "-1")
     assert refused.code == 2 and "model.center_rewards: must not be negative" in refused.err
-    config = ["--model.model_name_or_path", "null", "--model.from_config.model_type", "olmo"]
+    config = ["--model.model_name_or_path", "null", "--model.from_config.model_type", "granite"]
     config += ["--model.tokenizer", str(TOKENIZER)]
     refused = command_line("fit", *reward_args, *config)
     assert refused.code == 2
-    assert "transformers has no olmo with a scalar head" in refused.err
+    assert "transformers has no granite with a scalar head" in refused.err
 
 
+@pytest.mark.parametrize("sft", [[], LORA, QLORA], ids=["full", "lora", "qlora"])
+@pytest.mark.parametrize("trained", ["as before", "all weights"])
 def test_a_reward_model_goes_on_from_a_supervised_run(
-    command_line: CommandLine, reward_args: list[str], fit_args: list[str]
+    command_line: CommandLine,
+    reward_args: list[str],
+    fit_args: list[str],
+    sft: list[str],
+    trained: str,
 ) -> None:
-    for name, trained in {"full": [], "lora": LORA}.items():
-        sft = command_line("fit", *fit_args, *trained, "--name", f"sft_{name}").run(f"sft_{name}")
-        model = ["--model.model_name_or_path", str(sft.path), "--name", f"rm_{name}"]
-        outcome = command_line("fit", *reward_args, *model, *LORA)
-        assert losses(outcome, f"rm_{name}")[-1] < 1
+    if trained == "all weights" and sft == QLORA:
+        return  # quantized weights are frozen
+    run = command_line("fit", *fit_args, *sft, "--name", "sft").run("sft")
+    more = sft if trained == "as before" else []
+    model = ["--model.model_name_or_path", str(run.path), *more]
+    outcome = command_line("fit", *reward_args, *model)
+    assert losses(outcome)[-1] < 1
+    assert "(0.00 %)" not in outcome.out
+
+
+def test_what_a_reward_model_never_measures_is_no_target(
+    command_line: CommandLine, reward_args: list[str]
+) -> None:
+    targets = ["--test_at_end", "true", "--targets", "{test/exact_match: 0.5}"]
+    refused = command_line("fit", *reward_args, *targets)
+    assert refused.code == 2
+    assert "targets: 'test/exact_match' is not measured" in refused.err
+
+
+def test_sharing_is_decided_by_hidden_states_whatever_the_head(tmp_path: Path) -> None:
+    model: Any = save_small_model(tmp_path / "model", dtype=torch.bfloat16)
+    config = model.config
+    config.num_labels = 1
+    for seed in range(10):
+        torch.manual_seed(seed)
+        scored = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+        assert can_share(scored, _last_hidden)

@@ -56,3 +56,11 @@ def test_one_ranks_nan_lowers_the_precision_of_all(
     (event,) = outcome.run().read()["events"]
     assert len(event["row_ids"]) == 8  # of both ranks
     assert len([row for row in outcome.metrics() if row["train/loss"]]) == 10
+
+
+def test_a_rank_that_comes_late_to_the_rehearsal_hangs_nobody(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    late = ["--trainer.callbacks+=slow_rank.SlowRank", "--trainer.callbacks.seconds", "3"]
+    out = two_ranks(tmp_path, *fit_args, *late, "--trainer.max_steps", "1")
+    assert "finished: step 1 of 1" in out

@@ -57,6 +57,9 @@ def test_the_four_kinds_are_what_the_card_says() -> None:
         assert 1 <= abs(int(pair.rejected) - int(pair.chosen)) <= 10
     for pair in by_kind["length"]:
         assert pair.rejected.startswith(pair.chosen) or pair.chosen.startswith(pair.rejected)
+        ends_inside_a_word = pair.chosen[len(pair.rejected) :][:1].isalnum()
+        assert pair.rejected.startswith(pair.chosen) or ends_inside_a_word
+        assert pair.rejected not in answers[pair.fact.split(":")[0]]
     for pair in by_kind["off_topic"]:
         assert pair.rejected not in answers[pair.fact.split(":")[0]]
 

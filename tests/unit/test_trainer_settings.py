@@ -38,7 +38,8 @@ def test_precision_is_what_was_asked_or_what_the_device_can_do(
 def test_targets_that_nothing_is_held_against_are_told() -> None:
     measured = ("loss", "perplexity")
     assert target_problems({"val/loss": 1.5}, measured, {"validation"}) == []
-    assert target_problems({"test/exact_match": 0.9}, measured, {"validation", "test"}) == []
+    answered = (*measured, "test/exact_match")
+    assert target_problems({"test/exact_match": 0.9}, answered, {"validation", "test"}) == []
     told = target_problems(
         {"val_loss": 1.0, "test/loss": 2.0, "val/perplexity": math.nan}, measured, {"validation"}
     )
