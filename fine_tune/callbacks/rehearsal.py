@@ -4,10 +4,11 @@ import logging
 import random
 import shutil
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -186,9 +187,9 @@ def _unchanged(pl_module: Any) -> Iterator[None]:
         )
 
 
-def _checksum(parameter: torch.Tensor) -> tuple[int, int]:
-    bits = parameter.detach().contiguous().view(torch.uint8).to(torch.int64)
-    weighted = bits * (torch.arange(len(bits.flatten()), device=bits.device) % 251 + 1).view(
-        bits.shape
-    )
-    return int(bits.sum()), int(weighted.sum())
+def _checksum(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Tell apart two states of a tensor, without a copy of it in a wider type."""
+    bits = parameter.detach().contiguous().flatten().view(torch.uint8)
+    if bits.device.type == "cpu":
+        return (zlib.crc32(cast(Any, bits.numpy())),)
+    return tuple(int(bits[start::7].sum(dtype=torch.int64)) for start in range(7))
