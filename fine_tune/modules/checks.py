@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE, other_shape
+from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.batches import DataPlan
 from fine_tune.model_config import stored_quantization
+from fine_tune.saved_adapters import other_shape
 
 _WHY_NOT_INIT = {
     "pissa_niter": "it draws random numbers, so a saved adapter could not find its base again; take pissa",

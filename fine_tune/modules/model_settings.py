@@ -6,7 +6,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from fine_tune import adapters, model_config
+from fine_tune import adapters, model_config, saved_adapters
 from fine_tune.batches import DataPlan
 from fine_tune.errors import UserError
 from fine_tune.models import Head
@@ -77,7 +77,7 @@ class ModelSettings:
         if problems:
             raise UserError(*problems)
         if self.continued_adapter is not None and self.lora == "auto":
-            self.lora = adapters.saved_lora(self.continued_adapter)
+            self.lora = saved_adapters.saved_lora(self.continued_adapter)
         if self.gradient_checkpointing is None:
             choice = plan.choices.get("model.gradient_checkpointing")
             self.gradient_checkpointing = choice is not None and bool(choice.value)

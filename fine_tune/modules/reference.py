@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from fine_tune import adapters
+from fine_tune import saved_adapters
 from fine_tune.batches import PreferenceBatch
 from fine_tune.modules.pair_logps import pair_logps
 from fine_tune.modules.seeding import seed_all
@@ -91,7 +91,7 @@ def starting_weights(module: "DPO") -> dict[str, Tensor]:
         return _copies(trained)
     if settings.continued_adapter is not None:
         now = _copies(trained)
-        adapters.go_on_with_adapter(policy, Path(settings.continued_adapter))
+        saved_adapters.go_on_with_adapter(policy, Path(settings.continued_adapter))
         start = _copies(trained)
         for name, parameter in trained.items():
             parameter.data.copy_(now[name])

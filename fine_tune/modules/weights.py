@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune import adapters, models
+from fine_tune import adapters, models, saved_adapters
 from fine_tune.errors import UserError
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.precision import precision_dtype, weights_dtype
@@ -45,7 +45,7 @@ def load_weights(
         quantization = models.quantization_config(settings.quantized, compute_dtype, settings.head)
     name, revision = settings.base
     if checkpoint is not None:
-        adapters.check_kind(checkpoint, trains_adapter=False)
+        saved_adapters.check_kind(checkpoint, trains_adapter=False)
         name, revision = str(checkpoint), None
     model: Any = models.load_model(
         settings.resolved_config(tokenizer),
@@ -61,7 +61,7 @@ def load_weights(
     if settings.lora is not None:
         model = adapters.add_lora(model, settings.lora, name, settings.head)
         if settings.continued_adapter is not None:
-            adapters.go_on_with_adapter(model, Path(settings.continued_adapter))
+            saved_adapters.go_on_with_adapter(model, Path(settings.continued_adapter))
         if precision.endswith("mixed"):
             adapters.keep_trained_in_float32(model)
     if settings.head == "score" and models.scoring_pad(tokenizer) is None:
@@ -86,7 +86,7 @@ def restore_weights(model: Any, settings: ModelSettings, folder: Path) -> None:
             f"ckpt_path: the adapter in '{folder}' was trained on other weights than those of "
             f"'{settings.model_name_or_path}'; set model.model_name_or_path to its base"
         )
-    adapters.restore_weights(model, folder, same_base=then is not None)
+    saved_adapters.restore_weights(model, folder, same_base=then is not None)
 
 
 def weights_to_keep(module: "StepModule", state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

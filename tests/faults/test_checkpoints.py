@@ -23,12 +23,12 @@ from small_models import small_config
 from small_saves import export, save, state_of, step_of
 from transformers import AutoModelForCausalLM
 
-from fine_tune.adapters import restore_weights
 from fine_tune.errors import UserError
 from fine_tune.runs.checkpoint import check_whole
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
 from fine_tune.runs.run_folder import RunFolder
 from fine_tune.runs.stored_checkpoints import newest_whole
+from fine_tune.saved_adapters import restore_weights
 
 HERE = Path(__file__).parent
 EVERY_STEP = ["--checkpoint.every", "1", "--checkpoint.keep", "3"]
