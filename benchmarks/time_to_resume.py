@@ -110,7 +110,9 @@ def advanced(folder: Path, root: Path) -> Path:
                 shutil.copy(file, target / file.name)
 
     facts = {
-        k: v for k, v in read_manifest(folder).items() if not k.startswith(("sha", "manifest"))
+        k: v
+        for k, v in read_manifest(folder).items()
+        if not k.startswith(("sha", "xxh", "manifest"))
     }
     run = root / "lightning_logs" / "far" / "version_0"
     target = run / "checkpoints" / folder.name.replace(f"step={NEAR}", f"step={FAR}")

@@ -108,6 +108,7 @@ class FineTuneCLI(SettingsCLI):
         own_loggers: list[Logger] = [MetricsCSV(run.path)]
         if self.subcommand == "fit":
             own_loggers = default_loggers(run.path, keep_until=self.place.step)
+        self.model.starts_from_checkpoint = self.place.checkpoint is not None
         trainer = super().instantiate_trainer(
             max_epochs=1,
             check_val_every_n_epoch=None,

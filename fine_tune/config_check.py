@@ -59,8 +59,7 @@ def check_settings(args: list[str], parser: Any, classes: dict[str, type]) -> No
     top_level = sorted(
         {action.dest.split(".")[0] for action in parser._actions if action.dest != "help"}
     )
-    parsers = {section: _class_parser(cls) for section, cls in classes.items()}
-    parsers[TOP] = _top_parser(parser)
+    parsers = _Parsers(parser, classes)
     problems += _classless(settings) + _more_than_auto(settings)
     for setting in settings:
         problems += _check_setting(setting, top_level, parsers, classes)
@@ -107,6 +106,23 @@ def _import_class(path: str, section: str) -> tuple[type | None, str]:
     )
 
 
+class _Parsers(dict[str, ArgumentParser]):
+    """A parser for each section, made when it is first asked for."""
+
+    def __init__(self, verb_parser: Any, classes: dict[str, type]) -> None:
+        super().__init__()
+        self.verb_parser, self.classes = verb_parser, classes
+
+    def __missing__(self, section: str) -> ArgumentParser:
+        made = (
+            _top_parser(self.verb_parser)
+            if section == TOP
+            else _class_parser(self.classes[section])
+        )
+        self[section] = made
+        return made
+
+
 def _class_parser(cls: type) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, fail_untyped=False, sub_configs=True)
@@ -133,7 +149,7 @@ def _opened(flag: Setting, sections: set[str]) -> list[Setting]:
 def _check_setting(
     setting: Setting,
     top_level: list[str],
-    parsers: dict[str, ArgumentParser],
+    parsers: "_Parsers",
     classes: dict[str, type],
 ) -> list[str]:
     section, _, rest = setting.key.partition(".")
@@ -141,7 +157,7 @@ def _check_setting(
     if secret:
         return [secret]
     if section not in top_level:
-        inner = [f"{name}.{f}" for name, p in parsers.items() if name != TOP for f in _names(p)]
+        inner = [f"{name}.{field}" for name in classes for field in _names(parsers[name])]
         hint = nearest(section, top_level) or nearest(setting.key, inner)
         return [f"{_where(setting)}: unknown {_kind(setting, section)}{hint}"]
     if setting.from_flag and (wrong := flag_problems(setting)):
@@ -155,7 +171,7 @@ def _check_setting(
     if not rest and section in _names(parsers[TOP]):
         return _check_value(setting, section, section, parsers[TOP], None)
     of_class = rest == "class_path" and section in SECTIONS
-    if not rest or of_class or section not in parsers:
+    if not rest or of_class or section not in classes:
         return []
     parser, names = parsers[section], _names(parsers[section])
     name = rest.split(".")[0]

@@ -33,7 +33,13 @@ from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_
 from fine_tune.modules.precision import follow_precision
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.step_log import Throughput, log_step
-from fine_tune.modules.weights import export, load_weights, restore_weights, weights_to_keep
+from fine_tune.modules.weights import (
+    export,
+    load_weights,
+    own_trained,
+    restore_weights,
+    weights_to_keep,
+)
 
 log = logging.getLogger("fine_tune")
 
@@ -117,6 +123,7 @@ class StepModule(LightningModule):
         self.metrics: Any = TokenMetrics()
         self._throughput = Throughput()
         self._grad_norm = torch.zeros(())
+        self.starts_from_checkpoint = False  # the command line knows before Lightning tells
         # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained
         # state is copied before each update; a handler says whether it changed something that may help.
         self.max_tokens_per_micro_batch: int | None = None
@@ -175,13 +182,15 @@ class StepModule(LightningModule):
     def _awaits_checkpoint(self) -> bool:
         """Whether a checkpoint brings all weights as soon as the model is configured."""
         later = self.trainer.strategy.restore_checkpoint_after_setup
-        return self.trainer.ckpt_path is not None and self.model_settings.lora is None and not later
+        return self.starts_from_checkpoint and self.model_settings.lora is None and not later
 
     def _load(self, checkpoint: Path | None = None) -> None:
         seed_all(self.seed, "weights")
         precision = str(self.trainer.precision)
         self.model = load_weights(self.model_settings, self.tokenizer, precision, checkpoint)
         if self.trainer.state.fn == "fit":
+            if self.trainer.strategy.root_device.type == "cpu":
+                own_trained(self.model)
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             total, share = self.model.num_parameters(), "weights: %s, %s of them trained (%.2f %%)"
             log.info(share, f"{total:,}", f"{trained:,}", 100 * trained / total)

@@ -1,6 +1,7 @@
-"""A checkpoint is a folder: Hugging Face files, the training state, and a manifest of SHA-256 sums.
+"""A checkpoint is a folder: Hugging Face files, the training state, and a manifest of their hashes.
 
 It is whole or not there: written beside its name, hashed, flushed to disk, then renamed. Nothing loaded executes code.
+Two hashes of each file: SHA-256 names its content to anyone; XXH3, as fast as memory, is compared whenever it is read.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from lightning_utilities import apply_to_collection
 from torch import Tensor
 
 from fine_tune.errors import DamagedCheckpoint, UserError
@@ -21,6 +24,8 @@ from fine_tune.runs.disk import room_for
 TRAINING_STATE = "training_state.pt"
 MANIFEST = "manifest.json"
 OWN_SUM = "manifest_sha256"  # of the manifest's text with this value left empty
+HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
+BLOCK = 1 << 20
 LEFTOVERS = ("unfinished", "removed", "replaced")
 
 Export = Callable[[Path, dict[str, Tensor]], None]
@@ -112,7 +117,10 @@ def read_state(folder: Path, check: WholeCheck | None = None) -> dict[str, Any]:
         finish_replacement(folder)
         check = WholeCheck(folder)
     try:
-        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+        state = torch.load(
+            folder / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True
+        )
+        state = apply_to_collection(state, Tensor, torch.clone)  # in parallel, unlike a plain read
     finally:
         check.wait()  # damage explains whatever went wrong in reading
     return {**state, "state_dict": {}, "folder": str(folder)}
@@ -149,7 +157,7 @@ def global_step(folder: Path) -> int:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest: ``global_step``, ``score``, and the ``sha256`` of each file.
+    """Read a checkpoint's manifest: ``global_step``, ``score``, and ``sha256`` and ``xxh3_128`` of each file.
 
     Raises:
         UserError: There is none, or it changed.
@@ -183,7 +191,9 @@ def check_whole(folder: Path, *, hashes: bool = True) -> None:
     Raises:
         UserError: Names the file that is missing or whose content changed.
     """
-    sums = read_manifest(folder)["sha256"]
+    manifest = read_manifest(folder)
+    kind = "xxh3_128" if "xxh3_128" in manifest else "sha256"
+    sums = manifest[kind]
     for name in sums:
         if not (folder / name).is_file():
             raise DamagedCheckpoint(
@@ -192,19 +202,20 @@ def check_whole(folder: Path, *, hashes: bool = True) -> None:
     if not hashes:
         return
     with ThreadPoolExecutor() as threads:
-        found = threads.map(_sha256, [folder / name for name in sums])
+        found = threads.map(lambda name: _hashes(folder / name, kind)[kind], sums)
         for (name, expected), actual in zip(sums.items(), found, strict=True):
             if actual != expected:
                 raise DamagedCheckpoint(
-                    f"ckpt_path: '{folder / name}' is damaged (its SHA-256 changed); use another checkpoint"
+                    f"ckpt_path: '{folder / name}' is damaged (its {kind} changed); use another checkpoint"
                 )
 
 
 def _seal(folder: Path, facts: Mapping[str, Any]) -> int:
     """Write the manifest of a folder and flush all of it; return its size in bytes."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
-    unsigned = json.dumps({**facts, "sha256": sums, OWN_SUM: ""}, indent=1)
+    hashes = {str(file.relative_to(folder)): _hashes(file, *HASHES) for file in files}
+    sums = {kind: {name: of_file[kind] for name, of_file in hashes.items()} for kind in HASHES}
+    unsigned = json.dumps({**facts, **sums, OWN_SUM: ""}, indent=1)
     own_sum = hashlib.sha256(unsigned.encode()).hexdigest()
     manifest = folder / MANIFEST
     manifest.write_text(unsigned.removesuffix('""\n}') + f'"{own_sum}"\n}}', "utf-8")
@@ -231,9 +242,14 @@ def _beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
 
 
-def _sha256(file: Path) -> str:
+def _hashes(file: Path, *kinds: str) -> dict[str, str]:
+    """Hash a file in every way named, reading it once."""
+    digests = {kind: HASHES[kind]() for kind in kinds}
     with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        while block := handle.read(BLOCK):
+            for digest in digests.values():
+                digest.update(block)
+    return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
 
 def _flush(path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from harness import CommandLine, Outcome
 from safetensors.torch import load_file, save_file
 from test_resume import stop_at
 
+from fine_tune import models
 from fine_tune.callbacks.step_rows import rows_of_step
 
 EVERY = ["--checkpoint.every", "2"]
@@ -62,6 +64,25 @@ def test_another_setting_is_refused_by_name_before_weights_load(
         assert "--allow_changes true" in refused.err
     after = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_all_weights_are_loaded_once_and_from_the_checkpoint(
+    command_line: CommandLine, half_done: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, loaded = half_done.run(), []
+    last = run.checkpoint("last")
+    assert last is not None
+
+    def load(config: Any, name: str, **options: Any) -> Any:
+        loaded.append(name)
+        return models.load_model(config, name, **options)
+
+    monkeypatch.setattr(
+        "fine_tune.modules.weights.models", SimpleNamespace(**{**vars(models), "load_model": load})
+    )
+    resumed = resume(command_line, run)
+    assert resumed.code == 0, resumed.err
+    assert loaded == [str(last.resolve())]
 
 
 def test_all_differences_are_listed_at_once(command_line: CommandLine, half_done: Outcome) -> None:
