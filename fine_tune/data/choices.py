@@ -7,6 +7,7 @@ import numpy as np
 from fine_tune.batches import Choice
 
 LENGTH_LIMIT = 32_768
+CPU_TOKENS = 2_048  # at a time; more only adds padding and leaves the processor's caches
 # p95 of the tokens per row -> rows per micro-batch, micro-batches per step
 ROWS_BY_P95 = (
     (16_000, 1, 32),
@@ -24,7 +25,12 @@ def longest_up_to_128(longest_row: int, cap: int) -> int:
 
 
 def choose(
-    lengths: np.ndarray, *, longest_row: int, max_length: int, length_cap: int
+    lengths: np.ndarray,
+    *,
+    longest_row: int,
+    max_length: int,
+    length_cap: int,
+    on_cpu: bool = False,
 ) -> dict[str, Choice]:
     """Choose every dynamic setting.
 
@@ -33,6 +39,7 @@ def choose(
         longest_row: Tokens of the longest of them, before truncation.
         max_length: The one in force, chosen by ``longest_up_to_128`` or given.
         length_cap: Positions of the model, at most 32,768.
+        on_cpu: Whether there is nothing but a CPU to train on.
 
     Returns:
         A value and a reason for each key that may be left open.
@@ -49,6 +56,11 @@ def choose(
         capped = f", held to {length_cap:,}, {limit}"
     elif max_length == length_cap:
         capped = f", up to the model's {length_cap:,} positions"
+    tokens = micro * max_length
+    at_a_time = f"{micro} rows of {max_length:,} at a time"
+    if on_cpu and tokens > CPU_TOKENS:
+        tokens = max(CPU_TOKENS, max_length)
+        at_a_time += f", on a CPU at most {tokens:,} tokens"
     checkpointing = longest > 4_000 or mean > 2_000
     choices: dict[str, tuple[Any, str]] = {
         "data.max_length": (max_length, f"longest training row {longest_row:,} tokens{capped}"),
@@ -57,8 +69,8 @@ def choose(
             f"95 % of the training rows have up to {p95:,.0f} tokens: {micro} rows x {accumulation}",
         ),
         "data.max_tokens_per_micro_batch": (
-            micro * max_length,
-            f"95 % of the training rows have up to {p95:,.0f} tokens: {micro} rows of {max_length:,} at a time",
+            tokens,
+            f"95 % of the training rows have up to {p95:,.0f} tokens: {at_a_time}",
         ),
         "model.gradient_checkpointing": (
             checkpointing,

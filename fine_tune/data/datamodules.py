@@ -26,7 +26,7 @@ class SFTData(StepData):
         stratify_by: Field whose values get the same share in every split, like a topic; sizes are exact then.
         batch_size: Rows per optimizer step, over all ranks. None: 8, or more for very long rows.
         max_tokens_per_micro_batch: Padded tokens per forward pass on one device: lower it when memory is short, the
-            result stays the same. None: 8 rows of ``max_length``, fewer for long rows.
+            result stays the same. None: 8 rows of ``max_length``, fewer for long rows or on a CPU.
         max_length: Tokens a row may have. None: the longest training row up to a multiple of 128, within the model's
             positions and 32,768.
         truncation: Longer rows: ``prompt_left`` cuts the prompt's beginning, ``completion_right`` the end, ``drop``
@@ -141,7 +141,7 @@ class PreferenceData(StepData):
         stratify_by: Field whose values get the same share in every split, like a topic; sizes are exact then.
         batch_size: Pairs per optimizer step, over all ranks. None: 8, or more for very long ones.
         max_tokens_per_micro_batch: Padded tokens per forward pass on one device: lower it when memory is short, the
-            result stays the same. None: 8 rows of ``max_length``, fewer for long rows.
+            result stays the same. None: 8 rows of ``max_length``, fewer for long rows or on a CPU.
         max_length: Tokens a prompt may have together with either answer. None: the longest training pair's up to a
             multiple of 128, within the model's positions and 32,768.
         truncation: Longer pairs: ``prompt_left`` cuts the prompt's beginning, ``completion_right`` the answers' ends,

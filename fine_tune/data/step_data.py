@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -169,6 +170,7 @@ class StepData(LightningDataModule):
             longest_row=prepared.facts["audit"]["longest_sequence"],
             max_length=prepared.max_length,
             length_cap=cap,
+            on_cpu=not torch.accelerator.is_available(),
         )
         batch_size = self.batch_size or choices["data.batch_size"].value
         rows_of_epoch = rows_per_epoch(column(prepared.rows["train"], "weight"))

@@ -46,6 +46,17 @@ def test_the_batch_follows_the_95th_percentile(length: int, micro: int, accumula
 
 
 @pytest.mark.parametrize(
+    ("max_length", "expected"), [(128, 1_024), (256, 2_048), (512, 2_048), (4_096, 4_096)]
+)
+def test_a_cpu_takes_2048_tokens_at_a_time_or_one_row(max_length: int, expected: int) -> None:
+    lengths = np.array([100] * 10)
+    chosen = choose(
+        lengths, longest_row=max_length, max_length=max_length, length_cap=8_192, on_cpu=True
+    )
+    assert chosen["data.max_tokens_per_micro_batch"].value == expected
+
+
+@pytest.mark.parametrize(
     ("lengths", "expected"),
     [
         ([4_000, *[10] * 9], False),
