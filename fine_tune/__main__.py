@@ -14,6 +14,14 @@ VERBS = {
         "fine_tune.commands.analyze:main",
         "look at the data before training on it: lengths, truncation, duplicates, leakage",
     ),
+    "merge": (
+        "fine_tune.commands.merge:merge",
+        "merge a run's adapter into its base: a checked folder for transformers, vLLM, GGUF",
+    ),
+    "export": (
+        "fine_tune.commands.export:export",
+        "write a run's weights or adapter as a folder with its model card",
+    ),
     "explain-step": (
         "fine_tune.commands.explain_step:main",
         "show the rows behind one optimizer step of a run",

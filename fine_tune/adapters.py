@@ -4,9 +4,10 @@ import copy
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -169,6 +170,33 @@ def _unknown_targets(unknown: list[str], model: torch.nn.Module, names: list[str
         f"model.lora.target_modules: {unknown} are not in this {type(model).__name__}{close}; "
         f"its linear layers are named: {', '.join(names)}"
     )
+
+
+def dense_copy(dequantized: Any, head: Head = "lm") -> PreTrainedModel:
+    """Return a dequantized model as its class makes it: without traces of quantization, GPT-2's layers Conv1D again.
+
+    Args:
+        dequantized: What transformers' ``dequantize`` made, with a Linear for each layer that was quantized; its
+            weights are taken over.
+        head: The model's.
+    """
+    config = copy.deepcopy(dequantized.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights():
+        dense: Any = AUTO_CLASSES[head].from_config(config)
+    weights = dequantized.state_dict()
+    for path, module in dense.named_modules():
+        was_linear = isinstance(module, Conv1D) and isinstance(
+            dequantized.get_submodule(path), torch.nn.Linear
+        )
+        if was_linear:
+            weights[f"{path}.weight"] = weights[f"{path}.weight"].T.contiguous()
+    dense.load_state_dict(weights, assign=True)
+    dense.tie_weights()
+    if head == "lm":
+        dense.generation_config = dequantized.generation_config
+    return cast(PreTrainedModel, dense)
 
 
 def changed_fields(lora: LoraConfig) -> dict[str, Any]:

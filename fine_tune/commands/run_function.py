@@ -1,5 +1,6 @@
 """Run a verb that is one function: its signature is the command line, its ``Args:`` the help."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +8,17 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from fine_tune.errors import UserError, nearest
+from fine_tune.quiet import start_console
+
+POSITIONAL = "run"  # what may be typed without a flag
 
 
 def run_function(verb: str, function: Callable[..., Any], args: list[str]) -> int:
     """Parse ``args`` by the function's signature and call it; return the exit code."""
+    start_console()
     parser = ArgumentParser(prog=f"python -m fine_tune {verb}", exit_on_error=False)
-    parser.add_function_arguments(function, as_positional=False)
+    positional = POSITIONAL in inspect.signature(function).parameters
+    parser.add_function_arguments(function, as_positional=positional)
     known = [option for action in parser._actions for option in action.option_strings]
     unknown = [
         arg.split("=")[0] for arg in args if arg.startswith("--") and arg.split("=")[0] not in known

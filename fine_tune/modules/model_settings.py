@@ -70,8 +70,7 @@ class ModelSettings:
         problems = stored_quantization_problems(config, self.quantization, self.lora)
         problems += plan_problems(plan, config, num_warmup_steps)
         problems += score_head_problems(config) if self.head == "score" else []
-        self.quantized = self.quantization or model_config.stored_quantization(config)
-        self.continued_adapter = self._adapter() if self.quantized else None
+        self.take_stored(config)
         if self.continued_adapter is not None:
             problems += continued_adapter_problems(self.continued_adapter, self.lora)
         if problems:
@@ -85,6 +84,11 @@ class ModelSettings:
             self.lora = adapters.auto_lora(config)
         if self.lora is not None:
             adapters.check_lora(config, self.lora, self.head)
+
+    def take_stored(self, config: PreTrainedConfig) -> None:
+        """See how the weights are quantized, as asked or as stored, and whether an adapter goes on because of it."""
+        self.quantized = self.quantization or model_config.stored_quantization(config)
+        self.continued_adapter = self._adapter() if self.quantized else None
 
     @property
     def base(self) -> tuple[str | None, str | None]:

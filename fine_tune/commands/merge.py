@@ -1,0 +1,137 @@
+"""``merge``: a run's adapter merged into its base, checked, as a folder that any Hugging Face tool opens."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fine_tune import models
+from fine_tune.commands.model_folder import ModelFolder, finish, start_folder
+from fine_tune.commands.probes import largest_difference, logits, probe_rows
+from fine_tune.errors import UserError
+from fine_tune.model_config import load_config
+from fine_tune.modules.precision import DTYPES
+from fine_tune.runs.find import find_run
+from fine_tune.trained_model import TrainedModel, on_dequantized_base, run_name, trained_model
+
+log = logging.getLogger("fine_tune")
+# Of the largest difference of a logit, in float32; layers of 8 bit also round what they multiply.
+BOUNDS = {None: 1e-4, "nf4": 5e-3, "fp4": 5e-3, "int8": 5e-2}
+SHARD_BYTES = "2GB"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def merge(
+    run: str,
+    output: str | None = None,
+    checkpoint: str = "best",
+    dtype: Dtype = "auto",
+    base_model: str | None = None,
+    root: str = ".",
+) -> None:
+    """Merge a run's adapter into its base and write the whole model as a Hugging Face folder.
+
+    A quantized base is dequantized first. The folder appears under its name only once the logits of the adapter, the
+    merged model and the model read back agree on probe prompts.
+
+    Args:
+        run: A run folder, a run's name (its newest version), or name/version_N.
+        output: The folder to write; it must not exist. None: ``merged`` in the run folder.
+        checkpoint: ``best`` or ``last``.
+        dtype: Type of the written weights. auto: that of the base's own weights.
+        base_model: Where the base lies now, if it was moved; another one is refused by the hash of its weights.
+        root: Folder that holds ``lightning_logs``.
+
+    Raises:
+        UserError: Nothing to merge, a base that is gone or another one, or a merged model that differs too much.
+    """
+    trained = trained_model(find_run(run, Path(root)), checkpoint, base_model)
+    if not trained.trains_adapter:
+        raise UserError(
+            f"run: {run_name(trained.run)} trained all weights, so there is nothing to merge; "
+            f"python -m fine_tune export {run} writes them"
+        )
+    target = Path(output) if output is not None else trained.run.path / "merged"
+    with start_folder(target) as unfinished:
+        differences = _merge_into(unfinished, trained, dtype)
+        folder = ModelFolder(trained, merged=True, differences=differences)
+        finish(unfinished, folder)
+    for line in folder.next_commands(target):
+        log.info(line)
+
+
+def _merge_into(folder: Path, trained: TrainedModel, dtype: Dtype) -> dict[str, float]:
+    """Write the merged model; return the largest differences of a logit to the adapter's, by what was compared.
+
+    Raises:
+        UserError: A difference is above its bound.
+    """
+    rows = probe_rows(trained)
+    model = trained.load()
+    quantized = trained.settings.quantized
+    bound = BOUNDS.get(quantized, BOUNDS["nf4"])
+    expected = logits(model, rows)
+    log.info("merging %s, checkpoint %s", run_name(trained.run), trained.checkpoint.name)
+    if quantized:
+        model = on_dequantized_base(model, trained.settings)
+    written = _written_dtype(trained, dtype)
+    rounded = logits(model.to(written), rows) if written != torch.float32 else None
+    if (
+        rounded is not None
+    ):  # the adapter's own model in the written type: no merged one can be nearer
+        del model
+        model = trained.load()
+        model = on_dequantized_base(model, trained.settings) if quantized else model
+    merged = model.merge_and_unload(safe_merge=True)
+    found = {"merged": largest_difference(expected, logits(merged, rows))}
+    _check("merged", found["merged"], bound)
+    merged.to(written)
+    _set_stop_tokens(merged, trained)
+    merged.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+    del merged, model
+    trained.tokenizer.save_pretrained(folder)
+    found["read back"] = largest_difference(
+        expected, logits(_read_back(folder, trained, written), rows)
+    )
+    if rounded is not None:
+        found["the adapter's model in this type"] = largest_difference(expected, rounded)
+        bound = max(bound, 2 * found["the adapter's model in this type"])
+    _check("read back", found["read back"], bound)
+    for name, difference in found.items():
+        log.info("  largest difference of a logit, %s: %.2g", name, difference)
+    log.info("  allowed: %.2g, on %d probe rows", bound, len(rows))
+    return found
+
+
+def _check(name: str, difference: float, bound: float) -> None:
+    if not difference <= bound:
+        raise UserError(
+            f"merge: the {name} model's logits differ from the adapter's by up to {difference:.2g}, allowed are "
+            f"{bound:.2g}; nothing was written. The adapter itself is fine: python -m fine_tune export RUN"
+        )
+
+
+def _written_dtype(trained: TrainedModel, dtype: Dtype) -> torch.dtype:
+    if dtype != "auto":
+        return DTYPES[dtype]
+    own = trained.model_config().dtype
+    return own if isinstance(own, torch.dtype) else torch.float32
+
+
+def _read_back(folder: Path, trained: TrainedModel, dtype: torch.dtype) -> Any:
+    config = load_config(str(folder), None, None)
+    head = trained.settings.head
+    return models.load_model(config, str(folder), dtype=dtype, head=head).eval()
+
+
+def _set_stop_tokens(model: Any, trained: TrainedModel) -> None:
+    """Let ``generate`` stop where training taught it to."""
+    if trained.settings.head != "lm":
+        return
+    tokenizer = trained.tokenizer
+    known: Any = model.generation_config.eos_token_id
+    stops = [known] if isinstance(known, int) else list(known or [])
+    stops = list(dict.fromkeys([int(tokenizer.eos_token_id), *stops]))  # type: ignore[arg-type]
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,123 @@
+"""A model folder for others: whole or not there, with a model card written from the run's record."""
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fine_tune.errors import UserError
+from fine_tune.runs.checkpoint import global_step
+from fine_tune.trained_model import TrainedModel, run_name
+
+CARD = "README.md"
+TEMPLATE = Path(__file__).parent / "model_card.md.j2"
+
+
+@contextmanager
+def start_folder(target: Path) -> Iterator[Path]:
+    """Give a folder beside ``target`` to write into; it takes the name once all is done, else it goes.
+
+    Raises:
+        UserError: The target exists, or cannot be written.
+    """
+    if target.exists() or target.is_symlink():
+        raise UserError(
+            f"output: '{target}' exists and is not overwritten; give another --output, or remove it"
+        )
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"output: '{target}' cannot be written: {error.strerror or error}"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a written folder holds.
+
+    Args:
+        trained: The run and checkpoint it comes from.
+        merged: Whether an adapter was merged into its base.
+        differences: Largest differences of a logit that were measured, by what was compared.
+    """
+
+    trained: TrainedModel
+    merged: bool = False
+    differences: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether another model has to be there for it."""
+        return self.trained.trains_adapter and not self.merged
+
+    def next_commands(self, target: Path) -> list[str]:
+        """Say where it is, and the commands that use it."""
+        place = shlex.quote(str(target))
+        lines = [f"written: {target}   card: {target / CARD}"]
+        if self.trained.settings.head == "score":
+            return [*lines, _python(target, "AutoModelForSequenceClassification")]
+        if self.holds_adapter:
+            return [
+                *lines,
+                _python(target, "AutoPeftModelForCausalLM", package="peft"),
+                f"vllm:         vllm serve {shlex.quote(self.base)} --enable-lora --lora-modules tuned={place}",
+                f"merge:        python -m fine_tune merge {shlex.quote(str(self.trained.run.path))}",
+            ]
+        return [
+            *lines,
+            _python(target, "AutoModelForCausalLM"),
+            f"vllm:         vllm serve {place}",
+            f"gguf:         python llama.cpp/convert_hf_to_gguf.py {place} --outfile {place}/model.gguf",
+        ]
+
+    @property
+    def base(self) -> str:
+        """The name or folder of the model it started from."""
+        return str(self.trained.settings.model_name_or_path or "")
+
+    def card(self) -> str:
+        """Write the model card from the run's record."""
+        record = self.trained.run.read()
+        environment = jinja2.Environment(
+            undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        )
+        environment.filters["shown"] = _shown
+        return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+            name=run_name(self.trained.run),
+            folder=self,
+            record=record,
+            config=self.trained.config,
+            identity=record.get("identity", {}),
+            checkpoint=self.trained.checkpoint.name,
+            step=global_step(self.trained.checkpoint),
+            version=metadata.version("fine-tune"),
+        )
+
+
+def finish(unfinished: Path, folder: ModelFolder) -> None:
+    """Add the model card."""
+    (unfinished / CARD).write_text(folder.card(), "utf-8")
+
+
+def _python(target: Path, kind: str, package: str = "transformers") -> str:
+    return f"python:       from {package} import {kind}; model = {kind}.from_pretrained({str(target)!r})"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as inert text of one table cell."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

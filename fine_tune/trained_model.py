@@ -1,0 +1,163 @@
+"""The model a run trained, from its ``config.yaml`` and a checkpoint: for verbs that need no data."""
+
+import logging
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from fine_tune import adapters, models
+from fine_tune.errors import UserError
+from fine_tune.modules.model_settings import ModelSettings
+from fine_tune.modules.precision import weights_dtype
+from fine_tune.modules.weights import restore_weights
+from fine_tune.runs.run_folder import RunFolder
+from fine_tune.runs.stored_checkpoints import newest_whole
+
+log = logging.getLogger("fine_tune")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a run trained, and where it lies.
+
+    Args:
+        run: The run folder.
+        config: Its ``config.yaml``.
+        checkpoint: One of its checkpoints, whole.
+        settings: How its model is made.
+        directory: Where its command was typed; the config's relative paths start there.
+    """
+
+    run: RunFolder
+    config: dict[str, Any]
+    checkpoint: Path
+    settings: ModelSettings
+    directory: Path
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the checkpoint holds an adapter, not full weights."""
+        return (self.checkpoint / "adapter_config.json").is_file()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's own."""
+        return models.load_tokenizer("tokenizer", str(self.checkpoint), None)
+
+    def load(self) -> Any:
+        """Load it to answer: the base quantized as it was for training, all arithmetic in float32.
+
+        Raises:
+            UserError: The base is gone, or another one than the adapter was trained on.
+        """
+        config = self.model_config()
+        with chdir(self.directory):
+            return self._load(config)
+
+    def model_config(self) -> PreTrainedConfig:
+        """Return the model's config, as the run resolved it.
+
+        Raises:
+            UserError: The base is gone.
+        """
+        try:
+            with chdir(self.directory):
+                return self.settings.resolved_config(self.tokenizer)
+        except UserError as error:
+            moved = "base_model: if the base was moved, give its place now: --base_model FOLDER"
+            missing = any("does not exist" in problem for problem in error.problems)
+            raise UserError(*error.problems, *([moved] if missing else [])) from error
+
+    def _load(self, config: PreTrainedConfig) -> Any:
+        settings, quantization = self.settings, None
+        if not self.trains_adapter:
+            return models.load_model(config, str(self.checkpoint), head=settings.head).eval()
+        settings.take_stored(config)
+        precision = str(self.config["trainer"]["precision"])
+        frozen = weights_dtype(settings.dtype, precision, frozen=True)
+        if settings.quantized:
+            kind = settings.quantized
+            quantization = models.quantization_config(kind, torch.float32, settings.head)
+        name, revision = settings.base
+        base = models.load_model(
+            config,
+            name,
+            revision=revision,
+            dtype=frozen,
+            attn_implementation=settings.attn_implementation,
+            quantization=quantization,
+            head=settings.head,
+        )
+        models.widen(base)
+        model = adapters.add_lora(base, settings.lora, name, settings.head)
+        restore_weights(model, settings, self.checkpoint)
+        return model.eval()
+
+
+def trained_model(run: RunFolder, which: str = "best", base: str | None = None) -> TrainedModel:
+    """Find what a run trained; nothing is loaded yet.
+
+    Args:
+        run: The run folder.
+        which: ``best`` or ``last``.
+        base: Where the weights that it started from lie now; None: where they were.
+
+    Raises:
+        UserError: The run has no config, no whole checkpoint, or its config is not readable.
+    """
+    file = run.path / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"run: {run.path} has no config.yaml, so nobody knows what its model was")
+    if which not in ("best", "last"):
+        raise UserError(f"checkpoint: '{which}' is neither best nor last")
+    config = yaml.safe_load(file.read_text("utf-8"))
+    checkpoint, notes, _ = newest_whole(run, which)
+    for note in notes:
+        log.info("WARNING: %s", note)
+    directory = Path(run.read().get("commands", [{}])[-1].get("directory", "."))
+    directory = directory if directory.is_dir() else Path()
+    section = config["model"]
+    if base is not None:
+        section["init_args"]["model_name_or_path"] = str(
+            Path(base).resolve() if Path(base).exists() else base
+        )
+    with chdir(directory):
+        module = _build_module(section, file)
+    return TrainedModel(run, config, checkpoint.resolve(), module.model_settings, directory)
+
+
+def on_dequantized_base(model: Any, settings: ModelSettings) -> Any:
+    """Move an adapter from its quantized base to the same base as float32 numbers: what it was trained against.
+
+    Args:
+        model: A peft model, whose adapter is taken off; its 4-bit or 8-bit weights are freed on the way.
+        settings: The run's.
+    """
+    adapter = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    dense = adapters.dense_copy(model.unload().dequantize(), settings.head)
+    models.widen(dense)
+    moved: PeftModel = adapters.add_lora(dense, settings.lora, None, settings.head)
+    set_peft_model_state_dict(moved, adapter)
+    return moved.eval()
+
+
+def _build_module(section: dict[str, Any], file: Path) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"model": section})).model
+    except Exception as error:  # jsonargparse raises errors of several classes
+        raise UserError(f"{file}: its model section cannot be read: {error}") from error
+
+
+def run_name(run: RunFolder) -> str:
+    """Return ``name/version_N``."""
+    return f"{run.path.parent.name}/{run.path.name}"

@@ -1,0 +1,213 @@
+"""A merged or exported model is the model that was trained, for any Hugging Face tool."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import CommandLine, Outcome
+from lora_runs import TOKENS, save_model, save_quantized
+from peft import AutoPeftModelForCausalLM, LoraModel, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+
+LORA = ["--model.lora", "auto", "--model.optimizer.lr", "1e-2", "--data.epochs", "1"]
+
+
+def trained(command_line: CommandLine, args: list[str], folder: Path, *more: str) -> Path:
+    """A run whose adapter differs from nothing; returns its folder."""
+    where = ["--model.model_name_or_path", str(folder)]
+    outcome = command_line("fit", *args, *where, *LORA, *more)
+    assert outcome.code == 0, outcome.err
+    return outcome.run().path
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def merged(command_line: CommandLine, run: Path, *more: str) -> Outcome:
+    outcome = command_line("merge", run, "--output", run.parent / "merged", *more)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi", "gpt2"])
+def test_a_merged_lora_is_the_adapter_on_its_base(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, architecture: str
+) -> None:
+    base = save_model(architecture, tmp_path / architecture)
+    run = trained(command_line, fit_args, base)
+    outcome = merged(command_line, run)
+    opened = AutoModelForCausalLM.from_pretrained(run.parent / "merged")
+    best = next(run.glob("checkpoints/epoch*"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), best)
+    difference = (logits(opened) - logits(adapted)).abs().max()
+    assert difference < 1e-4
+    assert (logits(opened) - logits(adapted.unload())).abs().max() > 100 * difference
+    assert "largest difference of a logit, read back:" in outcome.out
+    tokenizer = AutoTokenizer.from_pretrained(run.parent / "merged")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    stops = GenerationConfig.from_pretrained(run.parent / "merged").eos_token_id
+    assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops])
+    card = (run.parent / "merged" / "README.md").read_text()
+    assert "A LoRA adapter merged into its base." in card and "| model.lora.r | 8 |" in card
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi", "gpt2"])
+def test_a_merged_qlora_is_the_adapter_on_the_4_bit_base(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, architecture: str
+) -> None:
+    base = save_model(architecture, tmp_path / architecture)
+    run = trained(command_line, fit_args, base, "--model.quantization", "nf4")
+    merged(command_line, run)
+    opened = AutoModelForCausalLM.from_pretrained(run.parent / "merged")
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    quantized = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=bits, dtype=torch.float32
+    )
+    for module in quantized.modules():  # in float32, not as this CPU would at an evaluation
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    best = next(run.glob("checkpoints/epoch*"))
+    adapted = PeftModel.from_pretrained(quantized, best)
+    wrong = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), best)
+    difference = (logits(opened) - logits(adapted)).abs().max()
+    assert difference < 5e-3
+    assert (logits(opened) - logits(wrong)).abs().max() > 2 * difference
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_on_a_checkpoint_that_is_quantized_already_is_merged(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, kind: str
+) -> None:
+    base = save_quantized(kind, tmp_path / kind)
+    run = trained(command_line, fit_args, base)
+    merged(command_line, run, "--dtype", "float32")
+    opened = AutoModelForCausalLM.from_pretrained(run.parent / "merged")
+    assert getattr(opened.config, "quantization_config", None) is None
+
+
+def test_a_merge_in_16_bit_is_as_near_as_16_bit_can_be(
+    command_line: CommandLine, fit_args: list[str], model_folder: Path
+) -> None:
+    run = trained(command_line, fit_args, model_folder)
+    outcome = merged(command_line, run, "--dtype", "bfloat16")
+    assert "the adapter's model in this type" in outcome.out
+    weights = load_file(run.parent / "merged" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_a_merged_reward_model_scores_as_the_adapter_did(
+    command_line: CommandLine, reward_args: list[str], tmp_path: Path
+) -> None:
+    run = trained(command_line, reward_args, save_model("llama", tmp_path / "llama"))
+    merged(command_line, run)
+    opened = AutoModelForSequenceClassification.from_pretrained(run.parent / "merged")
+    assert opened.score.weight.abs().sum() > 0 and opened.config.num_labels == 1
+
+
+def test_a_merge_that_differs_is_refused_and_leaves_nothing(
+    command_line: CommandLine,
+    fit_args: list[str],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained(command_line, fit_args, model_folder)
+    whole = LoraModel.merge_and_unload
+
+    def spoiled(self: Any, **options: Any) -> Any:
+        model = whole(self, **options)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", spoiled)
+    outcome = command_line("merge", run)
+    assert outcome.code == 2
+    assert "logits differ from the adapter's by up to" in outcome.err
+    assert not [p for p in run.iterdir() if "merged" in p.name]
+
+
+def test_another_base_is_refused_by_its_weights_and_a_moved_one_found(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    base = save_model("llama", tmp_path / "llama")
+    run = trained(command_line, fit_args, base)
+    moved = tmp_path / "moved"
+    base.rename(moved)
+    gone = command_line("merge", run)
+    assert gone.code == 2 and "does not exist" in gone.err and "--base_model" in gone.err
+    merged(command_line, run, "--base_model", str(moved))
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    other = command_line("merge", run, "--base_model", moved, "--output", tmp_path / "other")
+    assert other.code == 2 and "was trained on other weights" in other.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_is_overwritten(
+    command_line: CommandLine, fit_args: list[str], model_folder: Path
+) -> None:
+    run = trained(command_line, fit_args, model_folder)
+    (run / "merged").mkdir()
+    (run / "merged" / "mine.txt").write_text("kept")
+    refused = command_line("merge", run)
+    assert refused.code == 2 and "exists and is not overwritten" in refused.err
+    assert [p.name for p in (run / "merged").iterdir()] == ["mine.txt"]
+
+
+def test_an_exported_adapter_opens_in_peft(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    base = save_model("llama", tmp_path / "llama")
+    run = trained(command_line, fit_args, base)
+    outcome = command_line("export", run)
+    assert outcome.code == 0, outcome.err
+    opened = AutoPeftModelForCausalLM.from_pretrained(run / "exported")
+    best = next(run.glob("checkpoints/epoch*"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), best)
+    assert torch.equal(logits(opened), logits(adapted))
+    names = {p.name for p in (run / "exported").iterdir()}
+    assert "README.md" in names and not names & {"training_state.pt", "manifest.json"}
+
+
+def test_full_weights_are_exported_and_have_nothing_to_merge(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    outcome = command_line("fit", *fit_args, "--data.epochs", "1")
+    run = outcome.run().path
+    refused = command_line("merge", run)
+    assert refused.code == 2 and "trained all weights" in refused.err
+    exported = command_line("export", run)
+    assert exported.code == 0, exported.err
+    ours = AutoModelForCausalLM.from_pretrained(run / "exported")
+    theirs = AutoModelForCausalLM.from_pretrained(next(run.glob("checkpoints/epoch*")))
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_a_damaged_best_checkpoint_is_passed_over_and_told(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    outcome = command_line("fit", *fit_args, "--checkpoint.every", "2", "--checkpoint.keep", "5")
+    run = outcome.run()
+    best = run.checkpoint("best")
+    assert best is not None
+    weights = best / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    exported = command_line("export", run.path)
+    assert exported.code == 0, exported.err
+    assert "is damaged" in exported.out and best.name in exported.out
+    shutil.rmtree(run.path / "exported")
