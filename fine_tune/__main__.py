@@ -14,6 +14,10 @@ VERBS = {
         "fine_tune.commands.analyze:main",
         "look at the data before training on it: lengths, truncation, duplicates, leakage",
     ),
+    "runs": (
+        "fine_tune.commands.runs:main",
+        "list all runs: status, model, data, metrics, test openings; filter, sort, compare",
+    ),
     "merge": (
         "fine_tune.commands.merge:merge",
         "merge a run's adapter into its base: a checked folder for transformers, vLLM, GGUF",

@@ -10,12 +10,13 @@ import numpy as np
 from rich.console import Console
 
 from fine_tune.callbacks.step_rows import FOLDER, recorded_steps, rows_of_step
-from fine_tune.commands.shown_rows import printable, shown_row
+from fine_tune.commands.shown_rows import shown_row
 from fine_tune.data.encode_rows import column
 from fine_tune.errors import UserError
 from fine_tune.exits import exit_code
 from fine_tune.loggers import METRICS_FILE
 from fine_tune.modules.run_identity import differences
+from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
 from fine_tune.settings_cli import prepare_as_fit

@@ -7,6 +7,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune.losses import IGNORE_INDEX
+from fine_tune.printable import printable
 
 
 def shown_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: str) -> Text:
@@ -31,11 +32,6 @@ def shown_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: st
             stop_text = printable(str(tokenizer.decode(ids[-1:])))
             shown.append(f"[stop {stop_text}]", style="bold reverse green")
     return shown.append("\n")
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Return text with every control character written out, except those to ``keep``."""
-    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def _runs(input_ids: list[int], labels: list[int], second: int) -> Iterator[tuple[list[int], bool]]:

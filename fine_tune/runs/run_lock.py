@@ -101,6 +101,15 @@ class RunLock:
         unfinished.replace(self._owner)
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether a process owns a run folder, as far as this machine can tell; nothing is written or locked."""
+    try:
+        owner = dict(json.loads((folder / OWNER).read_text()))
+    except (OSError, ValueError):
+        return False
+    return _alive(owner)
+
+
 def _alive(owner: dict[str, Any]) -> bool:
     """Whether the owner may still run: as far as this machine can tell, and not another process with its number."""
     if not owner or owner.get("host") != socket.gethostname():

@@ -1,0 +1,140 @@
+"""All runs under ``lightning_logs`` at a glance, from their records; reads as little as that takes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fine_tune.errors import UserError
+from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
+from fine_tune.runs.run_lock import is_owned
+
+Listed = dict[str, Any]
+RESUMABLE = ("stopped", "failed", "killed")
+
+
+def list_runs(root: Path) -> tuple[list[Listed], list[str]]:
+    """Describe every run under a root, the newest first.
+
+    Returns:
+        One flat description per run: ``run``, ``status`` (running, finished, stopped, failed, killed, empty),
+        ``resumable``, ``step``, ``num_steps``, ``model``, ``data``, ``monitor``, ``best``, ``test``,
+        ``test_openings`` (of its test split, over all runs), ``started``, ``seconds``, ``path``; and a line for each
+        record that cannot be read.
+    """
+    problems: list[str] = []
+    records = {}
+    for file in sorted((root / LOGS).glob(f"*/version_*/{RECORD}")):
+        try:
+            records[file.parent] = RunFolder(file.parent).read()
+        except UserError as error:
+            problems += error.problems
+    opened = Counter({split: len(ids) for split, ids in _openings(records.values()).items()})
+    found = [_describe(path, record, opened) for path, record in records.items()]
+    return sorted(found, key=lambda run: run["started"] or "", reverse=True), problems
+
+
+def status_of(run: RunFolder, record: dict[str, Any]) -> str:
+    """Say what became of a run; one recorded as running whose process is gone was killed."""
+    status = str(record.get("status", "empty"))
+    owned = is_owned(run.path)
+    if status == "running":
+        return "running" if owned else "killed"
+    return "running" if status == "empty" and owned else status
+
+
+def _describe(path: Path, record: dict[str, Any], opened: Counter[str]) -> Listed:
+    run = RunFolder(path)
+    status, config = status_of(run, record), _config(path)
+    tests = [result for result in record.get("results", []) if result["split"] == "test"]
+    metrics = tests[-1]["metrics"] if tests else {}
+    hashes = {opening.get("test_hash") for opening in record.get("test_openings", [])}
+    starts = record.get("starts", [])
+    last = record.get("last")
+    newest = next((c["step"] for c in record.get("checkpoints", []) if c["name"] == last), 0)
+    return {
+        "run": f"{path.parent.name}/{path.name}",
+        "status": status,
+        "resumable": status in RESUMABLE and run.checkpoint("last") is not None,
+        "step": record.get("step", newest),
+        "num_steps": record.get("num_steps"),
+        "model": _model(config),
+        "data": _data(config),
+        "monitor": record.get("monitor"),
+        "best": record.get("best_score"),
+        "test": {name: value for name, value in metrics.items() if name.startswith("test/")},
+        "test_openings": max((opened[str(of_split)] for of_split in hashes), default=0),
+        "started": starts[0]["time"] if starts else None,
+        "seconds": _seconds(record, status),
+        "path": str(path),
+    }
+
+
+def _openings(records: Any) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for opening in record.get("test_openings", []):
+            found.setdefault(str(opening.get("test_hash")), set()).add(str(opening.get("id")))
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _settings(config: dict[str, Any], section: str) -> dict[str, Any]:
+    return dict((config.get(section) or {}).get("init_args") or {})
+
+
+def _model(config: dict[str, Any]) -> str:
+    model = _settings(config, "model")
+    kind = str((config.get("model") or {}).get("class_path", "")).split(".")[-1]
+    fields = model.get("from_config") or {}
+    new = f"new {fields.get('model_type') or fields.get('class', 'model')}"
+    name = _last_parts(str(model["model_name_or_path"])) if model.get("model_name_or_path") else new
+    how = [
+        part for part in (model.get("quantization"), "LoRA" if model.get("lora") else None) if part
+    ]
+    return " ".join([kind, name, *how]).strip() if config else ""
+
+
+def _data(config: dict[str, Any]) -> str:
+    data = _settings(config, "data")
+    path = data.get("path")
+    if data.get("sources"):
+        return ", ".join(_last_parts(str(source.get("path"))) for source in data["sources"])
+    if isinstance(path, dict):
+        return _last_parts(str(path.get("train") or next(iter(path.values()), "")))
+    return _last_parts(str(path)) if path else ""
+
+
+def _last_parts(name: str) -> str:
+    return "/".join(Path(name).parts[-2:])
+
+
+def _seconds(record: dict[str, Any], status: str) -> float | None:
+    if status in ("running", "killed") and record.get("starts"):
+        begun = datetime.fromisoformat(record["starts"][-1]["time"])
+        until = datetime.now().astimezone()
+        if status == "killed":
+            until = datetime.strptime(record["updated"], "%Y-%m-%dT%H:%M:%S%z")
+        return max(0.0, record.get("seconds", 0.0) + (until - begun).total_seconds())
+    return record.get("seconds")
+
+
+def numbers(run: Listed) -> Iterator[tuple[str, float]]:
+    """Give every number of a description by the name it is sorted by."""
+    for name in ("step", "seconds", "test_openings"):
+        if run[name] is not None:
+            yield name, run[name]
+    if run["best"] is not None:
+        yield "best", run["best"]
+        yield str(run["monitor"]), run["best"]
+    yield from run["test"].items()

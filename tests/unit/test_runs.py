@@ -1,0 +1,141 @@
+"""``runs`` says what became of each run, from what lies in its folder."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from fine_tune.commands.runs import main
+
+ESC = "\x1b"
+
+
+def write_run(root: Path, name: str, version: int = 0, **record: Any) -> Path:
+    run = root / "lightning_logs" / name / f"version_{version}"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(record))
+    config = {
+        "model": {
+            "class_path": "fine_tune.modules.SFT",
+            "init_args": {"model_name_or_path": "microsoft/phi-2", "quantization": "nf4", "lora": {"r": 8}},
+        },
+        "data": {"init_args": {"path": "folder/rows.jsonl"}},
+    }  # fmt: skip
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def own(run: Path, pid: int) -> None:
+    started = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else 0.0
+    owner = {"pid": pid, "started": started, "host": socket.gethostname()}
+    (run / ".owner.json").write_text(json.dumps(owner))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A finished, a killed, a running, an empty and a stopped run."""
+    opening = {"id": "a", "test_hash": "x"}
+    result = {"split": "test", "metrics": {"test/loss": 1.5, "val/loss": 9.0}}
+    write_run(
+        tmp_path, "done", status="finished", step=625, num_steps=625, monitor="val/loss", best_score=1.25,
+        seconds=3600.0, starts=[{"time": "2026-01-01T10:00:00.000+00:00"}], results=[result],
+        test_openings=[opening, {**opening, "id": "b"}], identity={"data.seed": 1, "same": 2},
+    )  # fmt: skip
+    start = {"starts": [{"time": "2026-01-02T10:00:00.000+00:00"}], "num_steps": 10}
+    killed = write_run(
+        tmp_path, "killed", status="running", updated="2026-01-02T10:30:00+0000", last="epoch=1.00-step=4",
+        checkpoints=[{"name": "epoch=1.00-step=4", "step": 4}], identity={"data.seed": 3, "same": 2},
+        test_openings=[{"id": "c", "test_hash": "x"}], **start,
+    )  # fmt: skip
+    (killed / "checkpoints" / "epoch=1.00-step=4").mkdir()
+    own(killed, 2**22 + 1)  # a process that is gone
+    own(write_run(tmp_path, "going", status="running", **start), os.getpid())
+    write_run(tmp_path, "empty")
+    write_run(tmp_path, "evil", version=3, status=f"stopped{ESC}[31m", monitor="<script>")
+    return tmp_path
+
+
+def listed(root: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> list[dict[str, Any]]:
+    assert main(["runs", "--json", "--root", str(root), *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_run_has_its_true_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {run["run"]: run for run in listed(root, capsys)}
+    assert {name: run["status"] for name, run in found.items() if "evil" not in name} == {
+        "done/version_0": "finished",
+        "killed/version_0": "killed",
+        "going/version_0": "running",
+        "empty/version_0": "empty",
+    }
+    killed = found["killed/version_0"]
+    assert killed["resumable"] and not found["going/version_0"]["resumable"]
+    assert killed["step"] == 4 and killed["seconds"] == 1800
+    done = found["done/version_0"]
+    assert done["model"] == "SFT microsoft/phi-2 nf4 LoRA" and done["data"] == "folder/rows.jsonl"
+    assert done["test"] == {"test/loss": 1.5} and done["best"] == 1.25
+
+
+def test_openings_of_a_test_split_are_counted_over_all_runs(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {run["run"]: run["test_openings"] for run in listed(root, capsys)}
+    assert found["done/version_0"] == found["killed/version_0"] == 3
+    assert found["empty/version_0"] == 0
+
+
+def test_runs_are_filtered_and_sorted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run["run"] for run in listed(root, capsys, "--filter", "status=k*")] == [
+        "killed/version_0"
+    ]
+    by_best = listed(root, capsys, "--sort", "val/loss")
+    assert by_best[0]["run"] == "done/version_0"
+    newest = [run["run"] for run in listed(root, capsys)]
+    assert newest.index("done/version_0") > newest.index("killed/version_0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--filter", "stat=x"], "did you mean 'status'"),
+        (["--filter", "status"], "is not KEY=PATTERN"),
+        (["--sort", "vall/loss"], "no run has 'vall/loss'; did you mean 'val/loss'"),
+        (["--compare", "done", "nope"], "no run 'nope'"),
+    ],
+)
+def test_mistakes_are_told(
+    root: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    assert main(["runs", "--root", str(root), *flags]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_only_what_differs_is_compared(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--root", str(root), "--json", "--compare", "done", "killed"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["different"]["data.seed"] == [1, 3]
+    assert "same" not in told["different"]
+
+
+def test_a_damaged_record_is_told_and_hides_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "lightning_logs" / "empty" / "version_0" / "run.json").write_text("{")
+    assert main(["runs", "--root", str(root)]) == 0
+    said = capsys.readouterr()
+    assert "record is damaged" in said.err and "done/version_0" in said.out
+
+
+def test_names_do_nothing_to_the_terminal(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--root", str(root)]) == 0
+    assert ESC not in capsys.readouterr().out
+
+
+def test_no_runs_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--root", str(tmp_path)]) == 0
+    assert "no runs under" in capsys.readouterr().out
