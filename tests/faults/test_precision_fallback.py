@@ -198,6 +198,17 @@ def test_validation_that_is_no_number_is_reported(
 def test_an_update_that_16_bit_weights_do_not_survive_is_told_before_the_first_step(
     command_line: CommandLine, fit_args: list[str]
 ) -> None:
-    refused = command_line("fit", *fit_args, "--trainer.precision", "16-true")
+    plain = ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "1e-3"]
+    plain += ["--model.optimizer.foreach", "false"]
+    refused = command_line("fit", *fit_args, *plain, "--trainer.precision", "16-true")
     assert refused.code == 2 and "Traceback" not in refused.err
     assert "trainer.precision: under 16-true AdamW makes weights of 16 bit infinite" in refused.err
+
+
+def test_the_default_update_survives_16_bit_weights(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    outcome = command_line("fit", *fit_args, "--trainer.precision", "16-true")
+    assert outcome.code == 0, outcome.err
+    losses = [float(row["train/loss"]) for row in outcome.metrics() if row["train/loss"]]
+    assert losses[-1] < losses[0]

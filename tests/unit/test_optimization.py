@@ -147,3 +147,32 @@ def test_lora_plus_says_when_an_optimizer_cannot_have_it() -> None:
         build_optimizer(OwnGroups, model.named_parameters(), 16.0)
     strict = build_optimizer(StrictGroups, model.named_parameters(), 16.0)
     assert {rate for name, rate in rates(strict, model).items() if ".lora_B." in name} == {0.016}
+
+
+def _three_steps(optimizer: Any) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    built = build_optimizer(optimizer, model.named_parameters(), None)
+    for step in range(3):
+        model(torch.full((4, 8), float(step))).sum().backward()
+        built.step()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_the_fused_update_is_the_plain_one(kind: Any) -> None:
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    ours = _three_steps(partial(kind, **settings))
+    theirs = _three_steps(partial(kind, **settings, foreach=False))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_fused_is_used_unless_the_user_chose() -> None:
+    def chosen(**settings: Any) -> Any:
+        model = torch.nn.Linear(2, 2)
+        optimizer = partial(torch.optim.AdamW, lr=1e-2, **settings)
+        return build_optimizer(optimizer, model.named_parameters(), None).param_groups[0]["fused"]
+
+    assert chosen() is True
+    assert not chosen(foreach=True) and not chosen(foreach=False) and chosen(fused=False) is False
