@@ -13,6 +13,7 @@ import jinja2
 
 from fine_tune.errors import UserError
 from fine_tune.runs.checkpoint import global_step
+from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
 from fine_tune.trained_model import TrainedModel, run_name
 
 CARD = "README.md"
@@ -36,9 +37,13 @@ def start_folder(target: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         unfinished.rename(target)
-    except OSError as error:
+    except Exception as error:  # safetensors tells of a full disk in an error of its own
+        reason = full_reason(error) or (error.strerror if isinstance(error, OSError) else None)
+        if reason is None:
+            raise
+        free = format_bytes(free_bytes(target.parent))
         raise UserError(
-            f"output: '{target}' cannot be written: {error.strerror or error}"
+            f"output: '{target}' cannot be written: {reason}; {free} are free"
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -118,6 +118,36 @@ def test_a_merged_reward_model_scores_as_the_adapter_did(
     assert opened.score.weight.abs().sum() > 0 and opened.config.num_labels == 1
 
 
+def test_a_merged_model_is_written_in_shards(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained(command_line, fit_args, save_model("gpt2", tmp_path / "gpt2"))
+    monkeypatch.setattr("fine_tune.commands.merge.SHARD_BYTES", "200KB")
+    merged(command_line, run)
+    assert len(list((run.parent / "merged").glob("model-*-of-*.safetensors"))) > 2
+    AutoModelForCausalLM.from_pretrained(run.parent / "merged")
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    command_line: CommandLine,
+    fit_args: list[str],
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained(command_line, fit_args, model_folder)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    outcome = command_line("merge", run)
+    assert outcome.code == 2 and "No space left on device" in outcome.err and "free" in outcome.err
+    assert not [p for p in run.iterdir() if "merged" in p.name]
+
+
 def test_a_merge_that_differs_is_refused_and_leaves_nothing(
     command_line: CommandLine,
     fit_args: list[str],
