@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +22,7 @@ from transformers import (
 
 import fine_tune
 from fine_tune import cli
+from fine_tune.data.steps import StepSampler
 
 TOKENIZER = Path(fine_tune.__file__).parent / "quickstart" / "tokenizer"
 NUM_STEPS, BATCH_SIZE, NUM_ROWS = 20, 8, 48  # rows per step divide the rows: every step is full
@@ -162,6 +165,46 @@ def run_of(line: list[str]) -> Run:
     given = dict(part.removeprefix("--").split("=", 1) for part in line[1:] if "=" in part)
     versions = Path(given["trainer.default_root_dir"], "lightning_logs", given["name"])
     return Run(next(versions.glob("version_*")))
+
+
+def rows_in_our_order(data: Any) -> tuple[Dataset, np.ndarray]:
+    """Return the encoded training rows of a data module in the order of our steps, and that order."""
+    rows = data.rows("train")
+    sampler = StepSampler(
+        np.ones(len(rows)), batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=data.seed
+    )
+    order = np.concatenate([sampler.rows_of_step(step) for step in range(NUM_STEPS)])
+    return rows.select(order), order
+
+
+def their_rows(file: Path, order: np.ndarray) -> Dataset:
+    """Return the rows of a file in our order, for a trainer of TRL."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return Dataset.from_list([rows[i] for i in order])
+
+
+def their_settings(root: Path, **more: Any) -> dict[str, Any]:
+    """Return what every trainer of TRL is given, so that it takes the steps of ``run_ours``."""
+    return {
+        "output_dir": str(root / "trl"),
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "train_sampling_strategy": "sequential",
+        "max_grad_norm": CLIP,
+        "optim": "adamw_torch",
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": WARMUP_STEPS,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **more,
+    }
 
 
 def weights_of(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

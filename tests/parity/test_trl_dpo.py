@@ -11,20 +11,19 @@ import torch
 from datasets import Dataset
 from parity_runs import (
     BATCH_SIZE,
-    CLIP,
     NUM_STEPS,
-    WARMUP_STEPS,
-    WEIGHT_DECAY,
     Run,
     make_rows,
+    rows_in_our_order,
     run_ours,
+    their_rows,
+    their_settings,
 )
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from fine_tune.data import PreferenceData
-from fine_tune.data.steps import StepSampler
 from fine_tune.modules import DPO
 
 NUM_PAIRS, LEARNING_RATE = 48, 3e-4
@@ -101,13 +100,9 @@ def test_losses_rewards_and_logps_equal_those_of_trl(
         cache_dir=str(root / "lightning_logs" / ".cache"),
         tokenizer=str(folder),
     )
-    rows = data.rows("train")
-    sampler = StepSampler(
-        np.ones(len(rows)), batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=data.seed
-    )
-    order = np.concatenate([sampler.rows_of_step(step) for step in range(NUM_STEPS)])
+    rows, order = rows_in_our_order(data)
     theirs = _their_trainer(folder, pairs, order, loss, more, adapter, root)
-    _assert_same_tokens(rows.select(order), theirs.train_dataset)
+    _assert_same_tokens(rows, theirs.train_dataset)
     theirs.train()
 
     run = _our_run(folder, pairs, root, loss, more, adapter, monkeypatch)
@@ -139,38 +134,24 @@ def _their_trainer(
     root: Path,
 ) -> DPOTrainer:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
     changed = dict(part.removeprefix("--model.").split("=") for part in more)
     config = DPOConfig(
-        output_dir=str(root / "trl"),
-        loss_type=[loss],
-        beta=0.1,
-        label_smoothing=float(changed.get("label_smoothing", 0.0)),
-        ld_alpha=float(changed["ld_alpha"]) if "ld_alpha" in changed else None,
-        max_length=None,
-        max_steps=NUM_STEPS,
-        per_device_train_batch_size=BATCH_SIZE,
-        train_sampling_strategy="sequential",
-        max_grad_norm=CLIP,
-        optim="adamw_torch",
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP_STEPS,
-        gradient_checkpointing=False,
-        disable_dropout=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
+        **their_settings(
+            root,
+            loss_type=[loss],
+            beta=0.1,
+            label_smoothing=float(changed.get("label_smoothing", 0.0)),
+            ld_alpha=float(changed["ld_alpha"]) if "ld_alpha" in changed else None,
+            max_length=None,
+            learning_rate=LEARNING_RATE,
+            disable_dropout=False,
+        )
     )
     lora = LoraConfig(**LORA, task_type="CAUSAL_LM") if adapter is not None else None
     trainer = DPOTrainer(
         model,
         args=config,
-        train_dataset=Dataset.from_list([rows[i] for i in order]),
+        train_dataset=their_rows(file, order),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=lora,  # given as a PeftModel, its adapter would be the reference
     )

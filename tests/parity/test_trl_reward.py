@@ -1,6 +1,5 @@
 """A reward model has the losses, rewards and gradients of TRL's ``RewardTrainer``: same weights, rows and settings."""
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,22 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from parity_runs import BATCH_SIZE, NUM_STEPS, WARMUP_STEPS, Run, make_rows, run_ours, write_rows
+from parity_runs import (
+    BATCH_SIZE,
+    NUM_STEPS,
+    Run,
+    make_rows,
+    rows_in_our_order,
+    run_ours,
+    their_rows,
+    their_settings,
+    write_rows,
+)
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from fine_tune.data import PreferenceData
-from fine_tune.data.steps import StepSampler
 from fine_tune.modules import Reward
 
 NUM_PAIRS, LEARNING_RATE, CLIP = 48, 3e-4, 0.5
@@ -80,13 +88,9 @@ def test_losses_rewards_and_gradients_equal_those_of_trl(
         cache_dir=str(root / "lightning_logs" / ".cache"),
         tokenizer=str(scored),
     )
-    rows = data.rows("train")
-    sampler = StepSampler(
-        np.ones(len(rows)), batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=data.seed
-    )
-    order = np.concatenate([sampler.rows_of_step(step) for step in range(NUM_STEPS)])
+    rows, order = rows_in_our_order(data)
     theirs = _their_trainer(scored, pairs, order, trained, center, root)
-    _assert_same_rows(rows.select(order), theirs.train_dataset, with_margin)
+    _assert_same_rows(rows, theirs.train_dataset, with_margin)
     decayed = theirs.get_decay_parameter_names(theirs.model)
     assert any("score" in name for name in decayed)
     theirs.train()
@@ -135,33 +139,21 @@ def _their_trainer(
     root: Path,
 ) -> RewardTrainer:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
     config = RewardConfig(
-        output_dir=str(root / "trl"),
-        center_rewards_coefficient=center or None,
-        max_length=None,
-        max_steps=NUM_STEPS,
-        per_device_train_batch_size=BATCH_SIZE,
-        train_sampling_strategy="sequential",
-        max_grad_norm=CLIP,
-        optim="adamw_torch",
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP_STEPS,
-        gradient_checkpointing=False,
-        disable_dropout=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
+        **their_settings(
+            root,
+            center_rewards_coefficient=center or None,
+            max_length=None,
+            max_grad_norm=CLIP,
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            disable_dropout=False,
+        )
     )
     trainer = RewardTrainer(
         model,
         args=config,
-        train_dataset=Dataset.from_list([rows[i] for i in order]),
+        train_dataset=their_rows(file, order),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(**LORA, modules_to_save=["score"]) if trained == "lora" else None,
     )

@@ -1,6 +1,5 @@
 """The same supervised fine-tuning as TRL's ``SFTTrainer``, step by step and in the weights at the end."""
 
-import json
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -13,15 +12,15 @@ from datasets import Dataset
 from parity_runs import (
     BATCH_SIZE,
     CLIP,
-    LEARNING_RATE,
     NUM_ROWS,
     NUM_STEPS,
-    WARMUP_STEPS,
-    WEIGHT_DECAY,
     Run,
     max_relative,
     relative_l2,
+    rows_in_our_order,
     run_ours,
+    their_rows,
+    their_settings,
     weights_of,
 )
 from peft import (
@@ -36,7 +35,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from fine_tune.data import SFTData
-from fine_tune.data.steps import StepSampler
 from fine_tune.modules import SFT
 
 MAX_LOSS_DIFFERENCE = 1e-5  # relative, at every step
@@ -86,9 +84,9 @@ def test_losses_and_weights_equal_those_of_trl(
     file = prompt_rows if supervised == "masked" else text_rows
     adapter = _random_adapter(folder) if lora else None
 
-    data, order = _our_rows_in_our_order(folder, file, root)
+    rows, order = _our_rows_in_our_order(folder, file, root)
     theirs = _their_trainer(folder, file, order, accumulation, adapter, root)
-    _assert_same_tokens(data, order, theirs.train_dataset)
+    _assert_same_tokens(rows, theirs.train_dataset)
 
     run = _our_run(folder, file, root, accumulation, adapter, monkeypatch)
     theirs.train()
@@ -117,17 +115,12 @@ def _our_rows_in_our_order(folder: Path, file: Path, root: Path) -> tuple[Datase
         cache_dir=str(root / "lightning_logs" / ".cache"),
         tokenizer=str(folder),
     )
-    rows = data.rows("train")
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    assert len(rows) == NUM_ROWS and max(lengths) > 8 * min(lengths)
-    sampler = StepSampler(
-        np.ones(len(rows)), batch_size=BATCH_SIZE, num_steps=NUM_STEPS, seed=data.seed
-    )
-    return rows, np.concatenate([sampler.rows_of_step(step) for step in range(NUM_STEPS)])
+    lengths = [len(ids) for ids in data.rows("train")["input_ids"]]
+    assert len(lengths) == NUM_ROWS and max(lengths) > 8 * min(lengths)
+    return rows_in_our_order(data)
 
 
-def _assert_same_tokens(ours: Dataset, order: np.ndarray, theirs: Dataset) -> None:
-    ours = ours.select(order)
+def _assert_same_tokens(ours: Dataset, theirs: Dataset) -> None:
     assert len(theirs) == NUM_STEPS * BATCH_SIZE
     assert list(theirs["input_ids"]) == list(ours["input_ids"])
     assert list(theirs["labels"]) == list(ours["labels"])
@@ -145,32 +138,19 @@ def _their_trainer(
     if adapter is not None:
         model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM"))
         set_peft_model_state_dict(model, adapter)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
     config = SFTConfig(
-        output_dir=str(root / "trl"),
-        max_steps=NUM_STEPS,
-        per_device_train_batch_size=BATCH_SIZE // accumulation,
-        gradient_accumulation_steps=accumulation,
-        train_sampling_strategy="sequential",
-        completion_only_loss="prompt" in rows[0],
-        max_grad_norm=CLIP,
-        optim="adamw_torch",
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP_STEPS,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **their_settings(
+            root,
+            per_device_train_batch_size=BATCH_SIZE // accumulation,
+            gradient_accumulation_steps=accumulation,
+            completion_only_loss="prompt" in file.read_text().splitlines()[0],
+            logging_strategy="no",
+        )
     )
     return RecordingTrainer(
         model,
         args=config,
-        train_dataset=Dataset.from_list([rows[i] for i in order]),
+        train_dataset=their_rows(file, order),
         processing_class=AutoTokenizer.from_pretrained(folder),
     )
 
