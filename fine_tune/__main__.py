@@ -14,6 +14,10 @@ VERBS = {
         "fine_tune.commands.analyze:main",
         "look at the data before training on it: lengths, truncation, duplicates, leakage",
     ),
+    "report": (
+        "fine_tune.commands.report:main",
+        "write what became of a run, as one page; several runs side by side",
+    ),
     "explain-step": (
         "fine_tune.commands.explain_step:main",
         "show the rows behind one optimizer step of a run",

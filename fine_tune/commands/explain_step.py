@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import difflib
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from fine_tune.errors import UserError
 from fine_tune.exits import exit_code
 from fine_tune.loggers import METRICS_FILE
 from fine_tune.modules.run_identity import differences
-from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder, versions
+from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder, find_run
 from fine_tune.settings_cli import prepare_as_fit
 
 # The data does not depend on the machine, and the run's may not be at hand.
@@ -69,31 +68,6 @@ def explain_step(run_name: str, step: int, root: Path) -> None:
             row = rows[int(np.flatnonzero(ids_of_rows == row_id)[0])]
             title = f"row id {row_id}, {printable(where)}"
             console.print(shown_row(row, data.tokenizer, title))
-
-
-def find_run(name: str, root: Path) -> RunFolder:
-    """Find a run by its folder, its name (the newest version) or its name and version.
-
-    Raises:
-        UserError: There is none; the nearest names, or the versions there are.
-    """
-    logs = root / LOGS
-    for folder in (Path(name), logs / name):
-        if (folder / RECORD).is_file():
-            return RunFolder(folder)
-    base, _, version = name.strip("/").removeprefix(f"{LOGS}/").partition("/")
-    found = versions(root, base)
-    of_version = [run for run in found if run.path.name in (version, f"version_{version}")]
-    if found and (of_version or not version):
-        return (of_version or found)[-1]
-    if found:
-        raise UserError(
-            f"run: '{base}' has {', '.join(run.path.name for run in found)}, not {version}"
-        )
-    names = sorted(p.name for p in logs.glob("*") if list(p.glob(f"version_*/{RECORD}")))
-    close = difflib.get_close_matches(base, names, n=3, cutoff=0.5) or names[:5]
-    there = f"; there are {', '.join(close)}" if close else f"; there are no runs under {logs}"
-    raise UserError(f"run: no run '{name}'{there}")
 
 
 def _rows(run: RunFolder, step: int) -> dict[int, list[int]]:

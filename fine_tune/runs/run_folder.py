@@ -3,6 +3,7 @@
 ``best`` and ``last`` are resolved from that record, never from file names or the memory of a process.
 """
 
+import difflib
 import json
 import os
 import re
@@ -132,6 +133,31 @@ def run_of_config(configs: list[str]) -> RunFolder | None:
         if Path(config).name == "config.yaml" and (Path(config).parent / RECORD).is_file():
             return RunFolder(Path(config).parent)
     return None
+
+
+def find_run(name: str, root: Path) -> RunFolder:
+    """Find a run by its folder, its name (the newest version) or its name and version.
+
+    Raises:
+        UserError: There is none; the nearest names, or the versions there are.
+    """
+    logs = root / LOGS
+    for folder in (Path(name), logs / name):
+        if (folder / RECORD).is_file():
+            return RunFolder(folder)
+    base, _, version = name.strip("/").removeprefix(f"{LOGS}/").partition("/")
+    found = versions(root, base)
+    of_version = [run for run in found if run.path.name in (version, f"version_{version}")]
+    if found and (of_version or not version):
+        return (of_version or found)[-1]
+    if found:
+        raise UserError(
+            f"run: '{base}' has {', '.join(run.path.name for run in found)}, not {version}"
+        )
+    names = sorted(p.name for p in logs.glob("*") if list(p.glob(f"version_*/{RECORD}")))
+    close = difflib.get_close_matches(base, names, n=3, cutoff=0.5) or names[:5]
+    there = f"; there are {', '.join(close)}" if close else f"; there are no runs under {logs}"
+    raise UserError(f"run: no run '{name}'{there}")
 
 
 def unfinished_version(root: Path, name: str) -> RunFolder:

@@ -109,3 +109,12 @@ def _alive(owner: dict[str, Any]) -> bool:
         return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1
     except (psutil.Error, KeyError):
         return False
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a process may be writing into a run folder, as far as can be seen from here; nothing is touched."""
+    try:
+        owner = dict(json.loads((folder / OWNER).read_text()))
+    except (OSError, ValueError):
+        return False
+    return _alive(owner)

@@ -5,8 +5,6 @@ import os
 import subprocess
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
-
 log = logging.getLogger("fine_tune")
 
 
@@ -23,6 +21,8 @@ def was_requeued() -> bool:
 
 def requeue(trainer: Any) -> None:
     """Ask SLURM to start this job again, where Lightning would: under ``srun``, unless ``auto_requeue`` is off."""
+    from lightning.fabric.plugins.environments import SLURMEnvironment  # a second to import
+
     environment, job = trainer._accelerator_connector.cluster_environment, job_id()
     if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue and job):
         return
