@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter
 from fine_tune.report.record import Curve
 
 MOST_STRETCHES = 300
-SIZE_INCHES = (5.6, 3.0)
+SIZE_INCHES = (5.2, 2.9)
 # Colours no other part of a drawing has; the page gives each of them its own in light and dark.
 INK = {"#010101": "ink", "#020202": "faint", "#030303": "one", "#040404": "two", "#050505": "three"}
 INK |= {"#060606": "bad", "#070707": "warn", "#080808": "good"}
@@ -26,7 +26,7 @@ SERIES = ("one", "two", "three", "good", "bad", "warn")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fine_tune",
-    "font.size": 10,
+    "font.size": 11,
     "axes.edgecolor": COLOUR["faint"],
     "axes.labelcolor": COLOUR["ink"],
     "axes.spines.top": False,
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": COLOUR["ink"],
     "text.color": COLOUR["ink"],
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 10,
     "text.parse_math": False,
 }
 
@@ -133,7 +133,7 @@ def draw(drawing: Drawing) -> str:
         if with_legend:
             figure.legend(handles, names, loc="upper left", ncols=3, handlelength=1.4)
         rows = -(-len(names) // 3) if with_legend else 0
-        figure.subplots_adjust(left=0.13, right=0.98, bottom=0.17, top=0.96 - 0.075 * rows)
+        figure.subplots_adjust(left=0.15, right=0.98, bottom=0.18, top=0.96 - 0.085 * rows)
         written = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(written, format="svg", metadata=nothing, transparent=True)

@@ -10,6 +10,7 @@ MOST_ROWS = 100
 NICE = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10000)
 EVENTS = {  # kinds of events in run.json, with their colour and stroke
     "out_of_memory": ("bad", "-"),
+    "nearly_full": ("warn", "-."),
     "fallback": ("warn", "--"),
     "resume": ("good", ":"),
     "loss_spike": ("three", ":"),
