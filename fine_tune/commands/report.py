@@ -7,7 +7,7 @@ from pathlib import Path
 from fine_tune.errors import UserError
 from fine_tune.report.inert import plain_code
 from fine_tune.report.words import LANGUAGES
-from fine_tune.report.write import write_report
+from fine_tune.report.write import write_comparison, write_report
 from fine_tune.runs.run_folder import LOGS, find_run
 
 
@@ -27,6 +27,9 @@ def main(args: list[str]) -> int:
         help="Grams of CO2e per kWh of your grid, where energy was measured.",
     )
     parser.add_argument(
+        "--output", type=Path, help="Folder to write into. Without it: the (first) run's."
+    )
+    parser.add_argument(
         "--root", type=Path, default=Path("."), help=f"The folder that holds {LOGS}."
     )
     own = parser.parse_args(args[1:])
@@ -34,7 +37,11 @@ def main(args: list[str]) -> int:
         if own.every is not None and own.every < 1:
             raise UserError(f"--every: must be at least 1, got {own.every}")
         folders = [find_run(name, own.root).path for name in own.run]
-        file = write_report(folders[0], own.language, own.every, own.grid_gco2e_per_kwh)
+        if len(folders) > 1:
+            file = write_comparison(folders, own.language, own.output)
+        else:
+            grid = own.grid_gco2e_per_kwh
+            file = write_report(folders[0], own.language, own.every, grid, own.output)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
