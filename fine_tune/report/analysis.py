@@ -19,7 +19,7 @@ WINDOW = 0.1  # of the logged steps
 LATE = 0.8  # from here on a run is late
 SIGMAS = 3.0
 OF_LEVEL, OF_FALL = 0.01, 0.02  # smaller changes of a loss are none: of its value, of all it fell
-OF_FALL_RISEN = 0.1  # of all that training won and lost again: it diverged
+OF_FALL_RISEN = 0.2  # of all that training won and lost again: it diverged
 STEADY_GROWTH, STEADY_PEAK = 3.0, 10.0
 
 
@@ -112,6 +112,11 @@ def late_noise(curve: Curve) -> float:
     return noise(late) if len(late) >= FEWEST else 0.0
 
 
+def luck(count: int) -> float:
+    """Return by how many standard deviations the least of so many draws lies below their mean, at most about."""
+    return math.sqrt(2 * math.log(count))
+
+
 def window(curve: Curve) -> int:
     """Return how many logged values are averaged into one mean."""
     return max(1, round(len(curve) * WINDOW))
@@ -157,7 +162,7 @@ def divergence(train: Curve) -> Finding | None:
     best = int(means.argmin())
     rise, fall = float(means[-1] - means[best]), float(means[0] - means[best])
     limit = max(
-        SIGMAS * late_noise(train) * math.sqrt(2 / width),
+        (SIGMAS + luck(len(blocks))) * late_noise(train) / math.sqrt(width),
         OF_FALL_RISEN * fall,
         5 * OF_LEVEL * abs(float(means[best])),
     )
@@ -176,7 +181,7 @@ def overfitting(train: Curve, validation: Curve) -> Finding | None:
     numbers: dict[str, float] = {"best": low, "last": last}
     numbers |= {"step": int(validation.steps[best]), "end": int(validation.steps[-1])}
     limit = max(
-        2 * late_noise(validation),
+        (SIGMAS + luck(len(validation))) * late_noise(validation),
         OF_LEVEL * abs(low),
         OF_FALL * _fall(train, low),
     )
@@ -184,7 +189,8 @@ def overfitting(train: Curve, validation: Curve) -> Finding | None:
     if last - low <= limit or then is None or now is None:
         return None
     numbers |= {"rise": last - low, "limit": limit, "then": then, "now": now}
-    return Finding("overfitted" if now < then else "worsened", "bad", numbers)
+    falls = then - now > SIGMAS * late_noise(train) * math.sqrt(2 / window(train))
+    return Finding("overfitted" if falls else "worsened", "bad", numbers)
 
 
 def improvement(train: Curve, validation: Curve) -> tuple[Verdict, Finding]:
@@ -213,7 +219,7 @@ def improvement(train: Curve, validation: Curve) -> tuple[Verdict, Finding]:
     numbers: dict[str, float] = {"before": before, "last": now, "step": start}
     numbers |= {"end": int(curve.steps[-1]), "change": before - now}
     numbers["fall"] = _fall(train, now)
-    limit = max(2 * error, OF_LEVEL * abs(now), OF_FALL * numbers["fall"])
+    limit = max(SIGMAS * error, OF_LEVEL * abs(now), OF_FALL * numbers["fall"])
     if before - now > limit:
         return "improving", Finding(f"improving_{which}", "note", numbers)
     return "converged", Finding(f"converged_{which}", "good", {**numbers, "limit": limit})

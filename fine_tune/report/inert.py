@@ -3,7 +3,9 @@
 import re
 
 JOINERS = "\u200c\u200d"  # in scripts and emoji; they show nothing of their own
-_MARKDOWN = re.compile(r"([\\`*\[\]|~$#!])|(?<!\w)(_)|(_)(?!\w)")
+_MARKDOWN = re.compile(
+    r"[\\`*\[\]|~$#!]|(?<![^\W_])_|_(?![^\W_])"
+)  # an underscore within a word is a word's
 _FORMULA = re.compile(r"\s*[=@+\-]")
 _NUMBER = re.compile(r"\s*[+\-]?[\d.,]+(?:e[+\-]?\d+)?\s*%?", re.IGNORECASE)
 
