@@ -107,9 +107,14 @@ def noise(values: np.ndarray) -> float:
 
 
 def late_noise(curve: Curve) -> float:
-    """Estimate the noise of the second half; few evaluations of a steep fall say nothing of it."""
+    """Estimate the noise of the second half; few values of a steep fall say nothing of it."""
     late = curve.values[len(curve) // 2 :]
     return noise(late) if len(late) >= FEWEST else 0.0
+
+
+def training_noise(train: Curve) -> float:
+    """Estimate the noise of training losses: late in the run, or where they are few, in all of it."""
+    return late_noise(train) or noise(train.values)
 
 
 def luck(count: int) -> float:
@@ -162,7 +167,7 @@ def divergence(train: Curve) -> Finding | None:
     best = int(means.argmin())
     rise, fall = float(means[-1] - means[best]), float(means[0] - means[best])
     limit = max(
-        (SIGMAS + luck(len(blocks))) * late_noise(train) / math.sqrt(width),
+        (SIGMAS + luck(len(blocks))) * training_noise(train) / math.sqrt(width),
         OF_FALL_RISEN * fall,
         5 * OF_LEVEL * abs(float(means[best])),
     )
@@ -189,7 +194,7 @@ def overfitting(train: Curve, validation: Curve) -> Finding | None:
     if last - low <= limit or then is None or now is None:
         return None
     numbers |= {"rise": last - low, "limit": limit, "then": then, "now": now}
-    falls = then - now > SIGMAS * late_noise(train) * math.sqrt(2 / window(train))
+    falls = then - now > SIGMAS * training_noise(train) * math.sqrt(2 / window(train))
     return Finding("overfitted" if falls else "worsened", "bad", numbers)
 
 

@@ -25,6 +25,7 @@ class Table:
         title: Stands above it.
         note: Stands below it.
         marked: Rows to be marked.
+        bars: The column that is drawn as bars.
     """
 
     kind: ClassVar[str] = "table"
@@ -34,6 +35,7 @@ class Table:
     title: str = ""
     note: str = ""
     marked: frozenset[int] = frozenset()
+    bars: int = -1
 
 
 @dataclass(frozen=True)

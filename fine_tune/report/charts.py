@@ -126,6 +126,8 @@ def draw(drawing: Drawing) -> str:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.yaxis.set_major_formatter("{x:.6g}")
         axes.set_xlabel(drawing.x_name)
         axes.margins(x=0.01)
         handles, names = axes.get_legend_handles_labels()

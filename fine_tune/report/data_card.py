@@ -8,6 +8,7 @@ from fine_tune.report.setup import sources
 from fine_tune.report.words import Words
 
 BAR = 24
+TEMPLATES = ("prompt", "completion", "chosen", "rejected")
 
 
 def data_card(run: RunRecord, words: Words) -> Section:
@@ -30,7 +31,7 @@ def _sources(run: RunRecord, words: Words) -> Table:
     for path, source in sources(run):
         weight = source.get("weight", 1.0)
         licence = given.get(path, given.get("all"))
-        template = [source.get(k) or run.setting(f"data.{k}") for k in ("prompt", "completion")]
+        template = [source.get(k) or run.setting(f"data.{k}") for k in TEMPLATES]
         read = " → ".join(str(part) for part in template if part)
         rows.append(
             [
@@ -76,7 +77,7 @@ def _histogram(histogram: dict[str, list[float]], words: Words) -> Table:
         )
         rows.append([tokens, "█" * round(BAR * count / most), words.number(count)])
     head = [words("tokens_per_row"), words("share"), words("rows")]
-    return Table(head, rows, num_text=2, title=words("length_histogram"))
+    return Table(head, rows, num_text=2, title=words("length_histogram"), bars=1)
 
 
 def _quality(audit: dict[str, Any], words: Words) -> list[tuple[str, str]]:

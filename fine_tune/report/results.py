@@ -54,7 +54,7 @@ def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends
 
 def shown_interval(ends: Ends, words: Words) -> str:
     """Write an interval."""
-    return " – ".join(words.number(end) for end in ends)
+    return " – ".join(words.number(end).replace("-", "−") for end in ends)
 
 
 def judged(run: RunRecord) -> list[Target]:

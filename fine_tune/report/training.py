@@ -111,7 +111,7 @@ def evaluations(run: RunRecord, words: Words) -> Section:
         return Section(
             "evaluation", words("evaluation"), [Sentences([("note", words("no_evaluation"))])]
         )
-    names = sorted({n for row in run.metrics for n in row if n.startswith("val/")} - {"val/loss"})
+    names = _measured(run)
     rows: list[list[str]] = []
     marked = set()
     best = run.record.get("best_step")
@@ -125,7 +125,7 @@ def evaluations(run: RunRecord, words: Words) -> Section:
         cells.append(_cell(row, "perf/evaluation_seconds", words))
         if step == best:
             marked.add(len(rows))
-        rows.append([*cells, *(_cell(row, name, words) for name in names)])
+        rows.append([*cells, *(_with_interval(row, name, words) for name in names)])
     head = [words(k) for k in ("step", "epoch", "val_loss", "train_around", "gap", "eval_seconds")]
     table = Table(
         [*head, *names], rows, num_text=0, note=words("gap_note"), marked=frozenset(marked)
@@ -133,6 +133,19 @@ def evaluations(run: RunRecord, words: Words) -> Section:
     return Section(
         "evaluation", words("evaluation"), [Sentences([("note", _best(run, words))]), table]
     )
+
+
+def _measured(run: RunRecord) -> list[str]:
+    """Name what was measured of validation beside its loss, what matters most first."""
+    names = {n for row in run.metrics for n in row if n.startswith("val/")} - {"val/loss"}
+    names = {name for name in names if not name.endswith(("_low", "_high"))}
+    return sorted(names, key=lambda name: ("accuracy" not in name, "margin" not in name, name))
+
+
+def _with_interval(row: dict[str, float], name: str, words: Words) -> str:
+    ends = [row[f"{name}{end}"] for end in ("_low", "_high") if f"{name}{end}" in row]
+    between = " – ".join(words.number(end) for end in ends)
+    return f"{_cell(row, name, words)} ({between})" if between else _cell(row, name, words)
 
 
 def _best(run: RunRecord, words: Words) -> str:
