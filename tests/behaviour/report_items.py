@@ -98,7 +98,15 @@ def check_steps(page: ReportPage, metrics: list[dict[str, str]]) -> None:
     logged = {int(row["step"]): row for row in metrics if row["train/loss"]}
     rows = page.rows("steps")
     assert [int(row["step"]) for row in rows] == [100, 200, 300, 400, 500, 600, 625]
-    assert [row["epoch"] for row in rows] == "0.16 0.32 0.48 0.64 0.80 0.96 1.00".split()
+    assert [row["epoch"] for row in rows] == [
+        "0.16",
+        "0.32",
+        "0.48",
+        "0.64",
+        "0.80",
+        "0.96",
+        "1.00",
+    ]
     for row in rows:
         of_step = logged[int(row["step"])]
         assert row["training loss"] == f"{float(of_step['train/loss']):.4g}"
