@@ -20,6 +20,7 @@ LATE = 0.8  # from here on a run is late
 SIGMAS = 3.0
 OF_LEVEL, OF_FALL = 0.01, 0.02  # smaller changes of a loss are none: of its value, of all it fell
 OF_FALL_RISEN = 0.2  # of all that training won and lost again: it diverged
+OF_LEVEL_RISEN = 0.2  # of the first loss, by which all of the last ones lie above it
 STEADY_GROWTH, STEADY_PEAK = 3.0, 10.0
 
 
@@ -42,6 +43,7 @@ class Evidence:
         grad_norm: Norm of the gradient before clipping.
         num_spikes: Recorded loss spikes.
         non_finite_steps: Steps whose loss or gradient was infinite or no number.
+        stopped_step: The step whose loss or gradient was no finite number in the safest precision either.
         clip: Norm to which gradients are clipped, if they are.
     """
 
@@ -50,6 +52,7 @@ class Evidence:
     grad_norm: Curve
     num_spikes: int = 0
     non_finite_steps: tuple[int, ...] = ()
+    stopped_step: int | None = None
     clip: float | None = None
 
 
@@ -81,6 +84,9 @@ def analyse(evidence: Evidence) -> Analysis:
         )
         first = int(broken.steps[~np.isfinite(broken.values)][0])
         return Analysis("diverged", Finding("not_finite", "bad", {"step": first}), others)
+    if evidence.stopped_step is not None:
+        broke = Finding("broke", "bad", {"step": evidence.stopped_step})
+        return Analysis("diverged", broke, others)
     risen = divergence(train)
     if risen is not None:
         return Analysis("diverged", risen, others)
@@ -162,6 +168,10 @@ def divergence(train: Curve) -> Finding | None:
     if len(train) < FEWEST:
         return None
     width = window(train)
+    first, end = float(train.values[0]), train.values[-max(3, width) :]
+    if end.min() > first + OF_LEVEL_RISEN * abs(first):  # all of them: no noise does that
+        numbers = {"best": first, "step": int(train.steps[0]), "last": float(end.mean())}
+        return Finding("diverged", "bad", numbers)
     blocks = np.array_split(np.arange(len(train)), max(3, len(train) // width))
     means = np.array([train.values[block].mean() for block in blocks])
     best = int(means.argmin())

@@ -12,7 +12,8 @@ from fine_tune.report.words import Words
 
 def analysis_of(run: RunRecord) -> Analysis:
     """Analyse a run's curves."""
-    found = events(run)
+    found, listed = events(run), run.record.get("events", [])
+    broke = [e.get("step") for e in listed if e.get("kind") == "fallback" and not e.get("to")]
     clip = run.setting("trainer.gradient_clip_val")
     return analyse(
         Evidence(
@@ -21,6 +22,7 @@ def analysis_of(run: RunRecord) -> Analysis:
             grad_norm=run.curve("grad_norm"),
             num_spikes=len(found.get("loss_spike", [])),
             non_finite_steps=tuple(found.get("fallback", [])),
+            stopped_step=broke[-1] if broke and isinstance(broke[-1], int) else None,
             clip=float(clip) if isinstance(clip, int | float) else None,
         )
     )

@@ -290,3 +290,45 @@ def test_energy_is_counted_over_all_starts_and_co2e_needs_a_factor(
     assert any(
         line.startswith("Resumed: at step 2") for line in report_of(run.path).parts["curves"].told
     )
+
+
+def analysed(command_line: CommandLine, args: list[str], *more: object) -> tuple[str, str]:
+    """Train, and return the main finding and the conclusion."""
+    constant = ["--model.lr_scheduler", "constant", "--trainer.val_check_interval", 5]
+    outcome = command_line("fit", *args, *constant, *more, "--report", "en")
+    assert outcome.code == 0, outcome.err
+    page = report_of(outcome.run().path)
+    return page.parts["analysis"].told[0], page.parts["conclusion"].told[0]
+
+
+def test_a_run_that_overfits_is_told_so(command_line: CommandLine, fit_args: list[str]) -> None:
+    more = ("--data.epochs", 20, "--model.optimizer.lr", 2e-2, "--data.max_rows", "{train: 8}")
+    finding, verdict = analysed(command_line, fit_args, *more)
+    assert "Validation loss was best at step" in finding and "overfitting" in finding
+    assert verdict.startswith("The run overfitted: take the best checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "told"),
+    [
+        ("AdamW", 5, "Training loss rose again, beyond its noise: from 7.1"),
+        ("SGD", 100, "was no finite number, in the safest precision either"),
+    ],
+)
+def test_a_run_that_diverges_is_told_so(
+    command_line: CommandLine, fit_args: list[str], optimizer: str, rate: float, told: str
+) -> None:
+    more = ["--data.epochs", 4, "--model.optimizer.class_path", f"torch.optim.{optimizer}"]
+    outcome = command_line("fit", *fit_args, *more, "--model.optimizer.lr", rate, "--report", "en")
+    page = report_of(outcome.run().path)
+    assert told in page.parts["analysis"].told[0]
+    assert page.parts["conclusion"].told[0].startswith("The run diverged: lower model.optimizer.lr")
+
+
+def test_a_run_that_still_improves_is_told_so(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    more = ("--data.epochs", 8, "--model.optimizer.lr", 2e-4)
+    finding, verdict = analysed(command_line, fit_args, *more)
+    assert "Validation loss fell from" in finding and finding.endswith("Still improving.")
+    assert verdict.startswith("The run was still improving when it ended: more epochs")

@@ -94,6 +94,7 @@ def fit(root: Path, *args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.timeout(900)
 def test_the_quickstarts_of_sft_and_dpo(browser: Any, tmp_path: Path) -> None:
     sft = fit(tmp_path, "--config", "configs/quickstart.yaml")
     assert sft.returncode == 0, sft.stderr
@@ -110,6 +111,7 @@ def test_the_quickstarts_of_sft_and_dpo(browser: Any, tmp_path: Path) -> None:
     check(browser, first / "comparison.html", tmp_path, ("model.optimizer.lr", "0.002", "5e-05"))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not DATA.is_dir(), reason="FINE_TUNE_DATA names no folder of real rows")
 def test_a_run_on_gsm8k_killed_and_gone_on_with(browser: Any, tmp_path: Path) -> None:
     args = [

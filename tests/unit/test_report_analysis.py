@@ -67,6 +67,17 @@ def test_a_loss_that_is_no_number_is_divergence_whatever_came_before() -> None:
     assert found.main.numbers["step"] == 30
 
 
+def test_a_loss_far_above_its_start_is_divergence_however_wild() -> None:
+    train = [7.2, 571, 529, 330, 201, 89, 187, 279, 132, 185, 300, 120]
+    found = verdict(train, [396, 498, 218, 78, 178, 110])
+    assert (found.verdict, found.main.numbers["best"]) == ("diverged", 7.2)
+
+
+def test_a_run_stopped_at_a_step_without_finite_numbers_diverged() -> None:
+    found = verdict([7.2, 9.0, 30.0], stopped_step=4, non_finite_steps=(4,))
+    assert (found.verdict, found.main.numbers) == ("diverged", {"step": 4})
+
+
 def test_still_improving_is_told_with_its_numbers() -> None:
     train = np.linspace(3.0, 1.0, 100)
     found = verdict(noisy(train), np.linspace(3.0, 1.2, 10))
