@@ -56,7 +56,7 @@ class TokenMetrics(Metric):
         """
         loss, accuracy = self.nll_sum / self.num_tokens, self.num_correct / self.num_tokens
         error = self._error(1, loss)
-        low, high = loss - Z_95 * error, loss + Z_95 * error
+        low, high = (loss - Z_95 * error).clamp(min=0), loss + Z_95 * error
         # as many independent draws as would spread as widely; of none or all right, no more than rows
         wide = accuracy.to(self.products.dtype)
         draws = wide * (1 - wide) / self._error(2, wide) ** 2

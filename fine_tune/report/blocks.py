@@ -1,7 +1,7 @@
 """What a report is made of, for the page and for the text alike."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fine_tune.report.analysis import Tone
 
@@ -25,6 +25,7 @@ class Table:
         title: Stands above it.
         note: Stands below it.
         marked: Rows to be marked.
+        mark: As what.
         bars: The column that is drawn as bars.
     """
 
@@ -35,6 +36,7 @@ class Table:
     title: str = ""
     note: str = ""
     marked: frozenset[int] = frozenset()
+    mark: Literal["best", "differs"] = "best"
     bars: int = -1
 
 

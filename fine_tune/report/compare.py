@@ -87,6 +87,7 @@ def _settings(runs: list[RunRecord], names: list[str], words: Words) -> list[Blo
         num_text=1 + len(names),
         note=words("config_same", count=same),
         marked=frozenset(range(len(rows))),
+        mark="differs",
     )
     return [table]
 
@@ -109,7 +110,12 @@ def _results(runs: list[RunRecord], names: list[str], verdicts: list[str], words
         rows.append([metric, *(of_run.get(metric, "") for of_run in measured)])
     marked = frozenset(i for i, row in enumerate(rows) if len(set(row[1:])) > 1)
     return Table(
-        ["", *names], rows, num_text=1 + len(names), note=words("rows_differ"), marked=marked
+        ["", *names],
+        rows,
+        num_text=1 + len(names),
+        note=words("rows_differ"),
+        marked=marked,
+        mark="differs",
     )
 
 

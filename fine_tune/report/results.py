@@ -27,10 +27,10 @@ def test(run: RunRecord, words: Words) -> Section:
                 value = words.number(float(result["metrics"][name]))
                 ends, counted = interval_of(run, result, name)
                 told = words("no_interval") if ends is None else shown_interval(ends, words)
-                rows.append([when, checkpoint, name, value, told, counted])
-    head = [words(k) for k in ("when", "checkpoint", "metric", "value", "interval_95", "counted")]
+                rows.append([name, value, told, counted, checkpoint, when])
+    head = [words(k) for k in ("metric", "value", "interval_95", "counted", "checkpoint", "when")]
     opened = words("opened", count=len(run.record.get("test_openings", results)))
-    table = Table(head, rows, num_text=3, note=words("interval_note"))
+    table = Table(head, rows, note=words("interval_note"))
     return Section("test", words("test"), [Sentences([("note", opened)]), table])
 
 

@@ -198,7 +198,7 @@ def test_two_runs_stand_side_by_side_with_their_differences(
         "data.batch_size": ["8", "4"],
         "model.optimizer.lr": ["0.001", "0.0005"],
     }
-    assert page.html.count("class=best") >= len(differ)
+    assert page.html.count("class=differs") >= len(differ)
     results = {row[""]: [row[name] for name in names] for row in page.rows("results")}
     assert results["step"] == ["2 / 2", "2 / 2"]
     for name, run in zip(names, (first.run(), second.run(version=1)), strict=True):

@@ -61,7 +61,8 @@ def check(browser: Any, file: Path, shots: Path, needles: tuple[str, ...] = ()) 
             visible = page.inner_text("body")
             assert all(needle in visible for needle in needles)
             page.screenshot(
-                path=shots / f"{file.parent.parent.name}_{name}_{scheme}.png", full_page=True
+                path=shots / f"{file.parent.parent.name}_{file.stem}_{name}_{scheme}.png",
+                full_page=True,
             )
             page.close()
     page = browser.new_page()
