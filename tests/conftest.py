@@ -71,5 +71,5 @@ def fit_args(model_folder: Path, rows_file: Path) -> list[str]:
         *("--data", "fine_tune.data.SFTData", "--data.path", str(rows_file)),
         *("--data.prompt", "{question}", "--data.completion", " {answer}"),
         *("--data.epochs", "2", "--data.batch_size", "8", "--model.optimizer.lr", "1e-3"),
-        *("--trainer.log_every_n_steps", "1", "--generations.rows", "0"),
+        *("--trainer.log_every_n_steps", "1", "--generations.rows", "0", "--report", "null"),
     ]

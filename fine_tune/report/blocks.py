@@ -27,6 +27,7 @@ class Table:
         marked: Rows to be marked.
         mark: As what.
         bars: The column that is drawn as bars.
+        stacks: On a phone each row becomes a block of named lines: for long texts.
     """
 
     kind: ClassVar[str] = "table"
@@ -38,6 +39,7 @@ class Table:
     marked: frozenset[int] = frozenset()
     mark: Literal["best", "differs"] = "best"
     bars: int = -1
+    stacks: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ def cost(run: RunRecord, words: Words, grid: float | None) -> Section:
         grid: Grams of CO2e per kWh; None: not given.
     """
     unknown = words("unknown")
-    seconds, trained, peak = run.record.get("seconds"), trained_tokens(run), peak_gib(run)
+    trained, peak = trained_tokens(run), peak_gib(run)
     rates = run.curve("perf/tokens_per_second").finite().values
     evaluation = run.curve("perf/evaluation_seconds").finite().values
     pairs = [
-        (words("time"), words.seconds(seconds) if seconds else unknown),
+        (words("time"), _time(run, words)),
         (words("of_evaluation"), words.seconds(evaluation.sum()) if len(evaluation) else unknown),
         (words("trained_tokens"), words.number(trained) if trained else unknown),
         (words("rate"), words.number(statistics.median(rates.tolist())) if len(rates) else unknown),
@@ -37,6 +37,14 @@ def cost(run: RunRecord, words: Words, grid: float | None) -> Section:
             co2e = words("co2e_of", grams=watt_hours / 1000 * grid, factor=grid)
     pairs += [(words("energy"), energy), (words("co2e"), co2e)]
     return Section("cost", words("cost"), [Facts(pairs)])
+
+
+def _time(run: RunRecord, words: Words) -> str:
+    seconds, starts = run.record.get("seconds"), len(run.record.get("starts", []))
+    if not seconds:
+        return words("unknown")
+    told = words.seconds(seconds)
+    return told if starts < 2 else words("time_of_starts", time=told, count=starts)
 
 
 def trained_tokens(run: RunRecord) -> int | None:

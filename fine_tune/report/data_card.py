@@ -7,7 +7,7 @@ from fine_tune.report.record import RunRecord
 from fine_tune.report.setup import sources
 from fine_tune.report.words import Words
 
-BAR = 24
+BAR = 12
 TEMPLATES = ("prompt", "completion", "chosen", "rejected")
 
 
@@ -43,7 +43,7 @@ def _sources(run: RunRecord, words: Words) -> Table:
             ]
         )
     head = [words(k) for k in ("source", "licence", "read_as", "weight")]
-    return Table(head, rows, num_text=3, title=words("sources"))
+    return Table(head, rows, num_text=3, title=words("sources"), stacks=True)
 
 
 def _audited(audit: dict[str, Any], words: Words) -> list[Block]:

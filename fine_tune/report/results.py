@@ -30,7 +30,7 @@ def test(run: RunRecord, words: Words) -> Section:
                 rows.append([name, value, told, counted, checkpoint, when])
     head = [words(k) for k in ("metric", "value", "interval_95", "counted", "checkpoint", "when")]
     opened = words("opened", count=len(run.record.get("test_openings", results)))
-    table = Table(head, rows, note=words("interval_note"))
+    table = Table(head, rows, note=words("interval_note"), stacks=True)
     return Section("test", words("test"), [Sentences([("note", opened)]), table])
 
 
@@ -102,7 +102,7 @@ def answers(run: RunRecord, words: Words) -> Section:
         rows.append([*(_shortened(text, words) for text in texts), *told])
     expected = ["chosen", "rejected"] if pairs else ["expected"]
     names = ["asked", *expected, "before", "after", *(["log_odds"] if pairs else [])]
-    table = Table([words(name) for name in names], rows, num_text=len(names))
+    table = Table([words(name) for name in names], rows, num_text=len(names), stacks=True)
     return Section("answers", words("answers"), [table])
 
 

@@ -37,7 +37,7 @@ def model_name(run: RunRecord, words: Words) -> str:
     new = run.setting("model.from_config")
     if isinstance(new, dict):
         return words("new_model", kind=str(new.get("model_type") or new.get("class") or "?"))
-    return short_path(str(run.setting("model.model_name_or_path", "?")))
+    return short_path(str(run.setting("model.model_name_or_path", words("unknown"))))
 
 
 def data_name(run: RunRecord) -> str:
@@ -68,7 +68,7 @@ def short_path(path: str) -> str:
 
 def precision(run: RunRecord) -> str:
     """Return the trainer's precision."""
-    return str(run.setting("trainer.precision", "?"))
+    return str(run.setting("trainer.precision", ""))
 
 
 def _schedule(run: RunRecord, words: Words) -> list[tuple[str, str]]:
@@ -80,19 +80,18 @@ def _schedule(run: RunRecord, words: Words) -> list[tuple[str, str]]:
     counts = ", ".join(
         f"{words.known(f'split_{n}', str(n))} {words.number(c)}" for n, c in rows.items()
     )
-    batch = run.setting("data.batch_size")
-    tokens = run.setting("data.max_tokens_per_micro_batch")
+    batch, tokens = run.setting("data.batch_size"), run.setting("data.max_tokens_per_micro_batch")
+    accumulation = words("unknown")
+    if isinstance(batch, int):
+        accumulation = words("batch_whole", rows=batch)
+        if isinstance(tokens, int):
+            accumulation = words("batch_of", rows=batch, tokens=tokens)
     return [
         (words("model"), model_name(run, words)),
         (words("epochs"), _shown(epochs, words)),
         (words("total_steps"), words.number(run.num_steps) if run.num_steps else words("unknown")),
         (words("rows_per_split"), counts or words("unknown")),
-        (
-            words("batch_accumulation"),
-            words("batch_of", rows=_shown(batch, words), tokens=words.number(tokens))
-            if tokens
-            else words("batch_whole", rows=_shown(batch, words)),
-        ),
+        (words("batch_accumulation"), accumulation),
         (words("max_length"), _shown(run.setting("data.max_length"), words)),
     ]
 
@@ -128,10 +127,13 @@ def _numerics(run: RunRecord, words: Words) -> list[tuple[str, str]]:
     lowered = [
         e["to"] for e in run.record.get("events", []) if e.get("kind") == "fallback" and e.get("to")
     ]
-    told = [precision(run), *(words("lowered_to", precision=str(p)) for p in lowered[-1:])]
+    told = [
+        *filter(None, [precision(run)]),
+        *(words("lowered_to", precision=str(p)) for p in lowered[-1:]),
+    ]
     in_force = str(lowered[-1]) if lowered else precision(run)
     return [
-        (words("precision"), ", ".join(told)),
+        (words("precision"), ", ".join(told) or words("unknown")),
         (words("quantization"), _shown(run.setting("model.quantization"), words, "none")),
         (words("compute_dtype"), DTYPES.get(in_force[:2], words("unknown"))),
         (words("checkpointing"), _shown(run.setting("model.gradient_checkpointing"), words, "no")),

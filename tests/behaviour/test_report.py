@@ -1,7 +1,9 @@
 """The report: written by fit and test, honest about every run, harmless whatever the rows say, quick and small."""
 
 import json
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -95,6 +97,22 @@ def test_a_failed_run_gets_its_report_and_a_running_one_an_honest_one(
     failed = report_of(folder)
     assert failed.texts["p.badge bad"] == "failed"
     assert "ended with an error at step 5 of 10" in failed.texts["p.lead"]
+
+
+def test_a_stopped_run_gets_its_report(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: Any, trainer: Any, *__: Any) -> None:
+        if trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LossSpikes, "on_train_batch_end", stop)
+    outcome = command_line("fit", *fit_args, "--report", "en")
+    assert outcome.code == 143
+    page = report_of(outcome.run().path)
+    assert page.texts["p.badge note"] == "stopped"
+    assert "stopped at step 4 of 10; everything was saved" in page.texts["p.lead"]
+    assert page.parts["commands"].code[1].endswith("--ckpt_path last")
 
 
 def test_a_killed_run_is_not_called_running(command_line: CommandLine, fit_args: list[str]) -> None:
