@@ -43,6 +43,7 @@ class Evidence:
         grad_norm: Norm of the gradient before clipping.
         num_spikes: Recorded loss spikes.
         non_finite_steps: Steps whose loss or gradient was infinite or no number.
+        accuracy: Of the rewards of validation pairs, with both ends of its interval.
         stopped_step: The step whose loss or gradient was no finite number in the safest precision either.
         clip: Norm to which gradients are clipped, if they are.
     """
@@ -52,6 +53,7 @@ class Evidence:
     grad_norm: Curve
     num_spikes: int = 0
     non_finite_steps: tuple[int, ...] = ()
+    accuracy: tuple[Curve, Curve, Curve] | None = None
     stopped_step: int | None = None
     clip: float | None = None
 
@@ -73,6 +75,7 @@ def analyse(evidence: Evidence) -> Analysis:
             training_trend(evidence.train.finite()),
             gap(evidence.train.finite(), evidence.validation.finite()),
             gradients(evidence.grad_norm, evidence.clip),
+            preference(*evidence.accuracy) if evidence.accuracy is not None else None,
             numerics(evidence),
         )
         if finding is not None
@@ -274,6 +277,21 @@ def gradients(norms: Curve, clip: float | None) -> Finding | None:
         numbers |= {"clip": clip, "clipped": float((values > clip).mean())}
         key += "_clipped"
     return Finding(key, tone, numbers)  # type: ignore[arg-type]
+
+
+def preference(accuracy: Curve, low: Curve, high: Curve) -> Finding | None:
+    """Say how often the chosen answer of a validation pair got the higher reward, and whether that beats chance."""
+    if not len(accuracy) or len(accuracy) != len(low) or len(low) != len(high):
+        return None
+    numbers: dict[str, float] = {
+        "step": int(accuracy.steps[-1]),
+        "share": float(accuracy.values[-1]),
+    }
+    numbers |= {"low": float(low.values[-1]), "high": float(high.values[-1])}
+    beats_chance = numbers["low"] > 0.5
+    return Finding(
+        "prefers" if beats_chance else "prefers_not", "good" if beats_chance else "note", numbers
+    )
 
 
 def numerics(evidence: Evidence) -> Finding | None:

@@ -4,9 +4,9 @@ from typing import Any
 
 from fine_tune.report.analysis import Analysis, Evidence, Finding, Tone, analyse
 from fine_tune.report.blocks import Section, Sentences
+from fine_tune.report.curves import events
 from fine_tune.report.record import RunRecord
 from fine_tune.report.results import judged
-from fine_tune.report.training import events
 from fine_tune.report.words import Words
 
 
@@ -22,6 +22,11 @@ def analysis_of(run: RunRecord) -> Analysis:
             grad_norm=run.curve("grad_norm"),
             num_spikes=len(found.get("loss_spike", [])),
             non_finite_steps=tuple(found.get("fallback", [])),
+            accuracy=(
+                run.curve("val/rewards_accuracy"),
+                run.curve("val/rewards_accuracy_low"),
+                run.curve("val/rewards_accuracy_high"),
+            ),
             stopped_step=broke[-1] if broke and isinstance(broke[-1], int) else None,
             clip=float(clip) if isinstance(clip, int | float) else None,
         )

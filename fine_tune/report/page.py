@@ -3,7 +3,7 @@
 import time
 
 from fine_tune import __version__
-from fine_tune.report import findings, results, training
+from fine_tune.report import curves, findings, results, tables
 from fine_tune.report.analysis import Tone
 from fine_tune.report.blocks import Card, Page
 from fine_tune.report.cost import commands, cost
@@ -34,12 +34,12 @@ def page_of(
     sections = [
         findings.conclusion(run, found, words),
         findings.analysis(found, words),
-        training.curves(run, words),
-        training.evaluations(run, words),
+        curves.curves(run, words),
+        tables.evaluations(run, words),
         results.test(run, words),
         results.targets(run, words),
         results.answers(run, words),
-        training.steps(run, words, every),
+        tables.steps(run, words, every),
         setup(run, words),
         data_card(run, words),
         cost(run, words, grid),

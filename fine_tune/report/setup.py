@@ -29,6 +29,8 @@ def setup(run: RunRecord, words: Words) -> Section:
     ]
     blocks.append(Facts(_adapter(run, words)))
     blocks.append(Facts(environment(run, words)))
+    history = _history(run, words)
+    blocks += [Facts(history)] if history else []
     return Section("setup", words("setup"), blocks)
 
 
@@ -162,6 +164,18 @@ def _adapter(run: RunRecord, words: Words) -> list[tuple[str, str]]:
             "trained_of", trained=trained, total=total, share=words.share(trained / total, 2)
         )
     return [*pairs, (words("trainable"), share)]
+
+
+def _history(run: RunRecord, words: Words) -> list[tuple[str, str]]:
+    pairs = []
+    for parent in run.record.get("parents", []):
+        told = f"{parent.get('gave')}: {parent.get('run')}/checkpoints/{parent.get('checkpoint')}"
+        pairs.append((words("came_from"), told))
+    for change in run.record.get("changes", []):
+        values = {"before": str(change.get("from")), "after": str(change.get("to"))}
+        where = {"key": str(change.get("key")), "step": str(change.get("step"))}
+        pairs.append((words("changed"), words("changed_at", **where, **values)))
+    return pairs
 
 
 def environment(run: RunRecord, words: Words) -> list[tuple[str, str]]:

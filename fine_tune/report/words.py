@@ -1,4 +1,4 @@
-"""The report's language: its sentences stand in ``words/en.yaml`` and ``words/id.yaml``, numbers in its own style."""
+"""The report's language: its sentences stand in ``languages/``, its numbers are written in its own style."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import yaml
 
 Language = Literal["en", "id"]
 LANGUAGES: tuple[Language, ...] = ("en", "id")
-FOLDER = Path(__file__).parent / "words"
+FOLDER = Path(__file__).parent / "languages"
 DECIMAL_COMMA = str.maketrans(",.", ".,")
 
 

@@ -105,7 +105,7 @@ def test_the_quickstarts_of_sft_and_dpo(browser: Any, tmp_path: Path) -> None:
     dpo = fit(tmp_path, "--config", "configs/quickstart_dpo.yaml", *model, "--report", "id")
     assert dpo.returncode == 0, dpo.stderr
     second = tmp_path / "lightning_logs" / "quickstart_dpo" / "version_0"
-    check(browser, second / "report.html", tmp_path, ("Jawaban sebelum dan sesudah", "log-odds"))
+    check(browser, second / "report.html", tmp_path, ("Jawaban sebelum dan sesudah", "log-odds", "Berasal dari"))
     subprocess.run(
         [sys.executable, "-m", "fine_tune", "report", first, second], cwd=REPOSITORY, check=True
     )

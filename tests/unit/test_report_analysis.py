@@ -18,8 +18,8 @@ from fine_tune.report.analysis import (
 from fine_tune.report.charts import smoothed, thinned
 from fine_tune.report.intervals import wilson
 from fine_tune.report.record import Curve
+from fine_tune.report.tables import interval
 from fine_tune.report.targets import judge
-from fine_tune.report.training import interval
 
 NONE = Curve(np.array([], dtype=int), np.array([]))
 
@@ -134,6 +134,15 @@ def test_the_gap_is_training_minus_validation_at_the_last_evaluation() -> None:
     found = gap(curve(np.full(20, 1.0)), curve([2.0, 1.5], every=10))
     assert found is not None
     assert found.numbers == {"step": 20, "train": 1.0, "val": 1.5, "gap": -0.5}
+
+
+def test_preferences_beat_chance_only_where_their_interval_does() -> None:
+    accuracy, low, high = curve([0.5, 0.62]), curve([0.4, 0.53]), curve([0.6, 0.7])
+    better = verdict([], accuracy=(accuracy, low, high)).others[0]
+    assert better.key == "prefers"
+    assert better.numbers == {"step": 2, "share": 0.62, "low": 0.53, "high": 0.7}
+    unclear = verdict([], accuracy=(accuracy, curve([0.4, 0.49]), high)).others[0]
+    assert unclear.key == "prefers_not"
 
 
 def test_fallbacks_and_spikes_are_counted() -> None:
