@@ -26,6 +26,10 @@ VERBS = {
         "fine_tune.commands.export:export",
         "write a run's weights or adapter as a folder with its model card",
     ),
+    "report": (
+        "fine_tune.commands.report:main",
+        "write what became of a run, as one page; several runs side by side",
+    ),
     "explain-step": (
         "fine_tune.commands.explain_step:main",
         "show the rows behind one optimizer step of a run",

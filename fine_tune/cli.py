@@ -25,7 +25,7 @@ from fine_tune.callbacks.stop_signals import (
     end_with_parent,
 )
 from fine_tune.callbacks.test_openings import TestOpenings
-from fine_tune.errors import DamagedCheckpoint, GoBack, UserError
+from fine_tune.errors import DamagedCheckpoint, GoBack, UserError, printable
 from fine_tune.exits import exit_code, user_error_behind
 from fine_tune.loggers import MetricsCSV, default_loggers
 from fine_tune.modules.run_identity import Change, run_identity
@@ -71,8 +71,11 @@ class FineTuneCLI(SettingsCLI):
             self._note_how_to_go_on(error)
             raise
         finally:
-            if self._lock is not None:
-                self._lock.release()
+            try:
+                self._write_report()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
 
     @property
     def run_folder(self) -> runs.RunFolder:
@@ -274,7 +277,19 @@ class FineTuneCLI(SettingsCLI):
             for line in summary.evaluation(self.run_folder):
                 log.info(line)
 
-    # ---- the end, if it is not the planned one
+    # ---- the end
+
+    def _write_report(self) -> None:
+        """Write what became of the run beside it; that it cannot be written stops nobody."""
+        if self._run is None or not is_first_process() or self.settings.report is None:
+            return
+        try:
+            from fine_tune.report.write import write_report  # most of a second to import
+
+            log.info("report: %s", write_report(self.run_folder.path, self.settings.report))
+        except Exception as error:
+            told = printable(f"{type(error).__name__}: {error}")
+            log.info("WARNING: no report was written (%s)", told)
 
     def _before_requeue(self) -> str | None:
         """Find the last checkpoint of the same SLURM job's earlier start: the command line is the same."""

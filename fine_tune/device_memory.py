@@ -1,5 +1,8 @@
 """How full a device's memory is: one small interface, so that tests can play any device."""
 
+import os
+import platform
+from pathlib import Path
 from typing import Protocol
 
 import psutil
@@ -102,6 +105,21 @@ class HostMemory:
 def memory_of(device: torch.device) -> DeviceMemory:
     """Return the memory of a device."""
     return CudaMemory(device) if device.type == "cuda" else HostMemory()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device is, with its memory."""
+    total = memory_of(device).total() / 2**30
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({total:.0f} GiB)"
+    model = platform.processor() or platform.machine()
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.isfile("/proc/cpuinfo") else ()
+    ):
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return f"{model}, {os.cpu_count()} cores ({total:.0f} GiB)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

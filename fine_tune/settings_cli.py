@@ -1,7 +1,7 @@
 """The settings of fit, validate and test: parsed, and held against all that needs no weights."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -86,6 +86,27 @@ class SettingsCLI(LightningCLI):
             type=dict[str, float],
             default={},
             help="Metrics to reach, like {val/loss: 1.5}; the end says reached or missed.",
+        )
+        parser.add_argument(
+            "--report",
+            type=Literal["en", "id"] | None,
+            default="en",
+            help="Language of the report written at the end: en or id (Indonesian); null: no report.",
+        )
+        parser.add_argument(
+            "--purpose", type=str, default="", help="What the run is for, in words, for the report."
+        )
+        parser.add_argument(
+            "--licences",
+            type=dict[str, str],
+            default={},
+            help="Licence of each source by its path or hub name, or of 'all', for the report.",
+        )
+        parser.add_argument(
+            "--grid_gco2e_per_kwh",
+            type=float | None,
+            default=None,
+            help="Grams of CO2e per kWh of your grid, for the report, where a GPU's energy is measured.",
         )
         parser.add_argument(
             "--allow_changes",

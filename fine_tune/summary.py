@@ -7,9 +7,8 @@ from typing import Any
 from fine_tune.batches import Choice, DataPlan
 from fine_tune.callbacks.generations import GENERATIONS_FILE, before_after_table, read_generations
 from fine_tune.callbacks.progress import format_seconds
+from fine_tune.report.targets import judge
 from fine_tune.runs.run_folder import RunFolder
-
-MORE_IS_BETTER = ("accuracy", "exact_match", "margin", "rewards_chosen", "logps_chosen")
 
 
 def start(verb: str, model: Any, plan: DataPlan, trainer: Any, folder: Path) -> list[str]:
@@ -107,17 +106,13 @@ def resume(run: RunFolder) -> str:
 
 def reached(run: RunFolder, targets: dict[str, float]) -> list[str]:
     """Lines that say which targets were reached."""
-    results = run.read().get("results", [])
-    measured = {k: v for result in results for k, v in result["metrics"].items()}
     lines = []
-    for name, target in targets.items():
-        if name not in measured:
-            lines.append(f"target {name} {target:g}: not measured, the run stopped before it")
-            continue
-        more_is_better = any(part in name for part in MORE_IS_BETTER)
-        is_reached = measured[name] >= target if more_is_better else measured[name] <= target
-        verdict = "reached" if is_reached else "missed"
-        lines.append(f"target {name} {target:g}: {verdict} with {measured[name]:.4g}")
+    for target in judge(run.read().get("results", []), targets):
+        told = "not measured, the run stopped before it"
+        if target.measured is not None:
+            verdict = "reached" if target.is_reached else "missed"
+            told = f"{verdict} with {target.measured:.4g}"
+        lines.append(f"target {target.name} {target.goal:g}: {told}")
     return lines
 
 

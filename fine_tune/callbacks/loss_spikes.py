@@ -57,7 +57,8 @@ class LossSpikes(Callback):
                 trainer.global_step,
             )
             row_ids = [row_id for of_rank in ranks for row_id in of_rank]
-            entry = {"step": trainer.global_step, "event": event, "row_ids": row_ids}
+            entry = {"step": trainer.global_step, "kind": "loss_spike", "event": event}
+            entry["row_ids"] = row_ids
             run.update({"events": [*run.read().get("events", []), entry]})
 
 

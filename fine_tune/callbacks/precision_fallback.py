@@ -68,18 +68,18 @@ class PrecisionFallback(Callback):
         what = "a gradient" if math.isfinite(failure.loss) else f"the loss ({failure.loss:g})"
         now = pl_module.step_precision or str(trainer.precision)
         where = f"{what} of step {failure.step} is not finite in {now} (rows {_listed(failure.row_ids)})"
-        self._record(trainer, failure, where)
-        lower = next_precision(now, trainer.strategy.root_device)
+        lower = next_precision(now, trainer.strategy.root_device) if self.enabled else None
+        self._record(trainer, failure, where, lower)
         weights = [p for p in pl_module.parameters() if p.requires_grad]
         damaged = not torch.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in weights]))
-        if damaged and lower is not None and self.enabled:
+        if damaged and lower is not None:
             raise GoBack(f"{where}, and the weights are not either: an update was too large", lower)
         if damaged:
             raise UserError(
                 f"{where}, and the weights are not finite either: an earlier update was too large. The last checkpoint "
                 "is from before; lower model.optimizer.lr, or set trainer.gradient_clip_val"
             )
-        if lower is None or not self.enabled:
+        if lower is None:
             raise RunStopped(
                 f"{where}; weights and optimizer are still those of step {failure.step - 1}. Look at these rows "
                 f"(python -m fine_tune explain-step {run_of(trainer).path} {failure.step}), lower model.optimizer.lr, "
@@ -107,10 +107,13 @@ class PrecisionFallback(Callback):
         trainer.strategy.precision_plugin = plugin
         pl_module.step_precision = None
 
-    def _record(self, trainer: Trainer, failure: StepFailure, event: str) -> None:
+    def _record(
+        self, trainer: Trainer, failure: StepFailure, event: str, lower: str | None
+    ) -> None:
         if trainer.is_global_zero:
             run = run_of(trainer)
-            entry = {"step": failure.step, "event": event, "row_ids": failure.row_ids}
+            entry = {"step": failure.step, "kind": "fallback", "to": lower, "event": event}
+            entry["row_ids"] = failure.row_ids
             run.update({"events": [*run.read().get("events", []), entry]})
 
 

@@ -7,12 +7,15 @@ import time
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import plan_of
 from fine_tune.callbacks.stop_signals import Stopped, StopSignals
+from fine_tune.device_energy import EnergyMeter, energy_meter
+from fine_tune.device_memory import device_name
 from fine_tune.runs import slurm
 from fine_tune.runs.run_folder import run_of
 
@@ -40,11 +43,13 @@ class RunRecord(Callback):
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
         self._start = 0.0
+        self._energy: EnergyMeter | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = time.monotonic()
         if trainer.is_global_zero:
-            plan = plan_of(trainer)
+            self._energy = energy_meter(devices(trainer))
+            plan, (total, trained) = plan_of(trainer), cast(Any, pl_module).num_weights()
             run = run_of(trainer)
             starts = [
                 *run.read().get("starts", []),
@@ -58,7 +63,9 @@ class RunRecord(Callback):
                     "steps_per_epoch": plan.steps_per_epoch,
                     "num_rows": plan.num_rows,
                     "num_tokens": plan.num_tokens,
-                    "environment": environment(),
+                    "num_supervised": plan.num_supervised,
+                    "model": {"parameters": total, "trained": trained},
+                    "environment": {**environment(), **of_devices(trainer)},
                     "slurm_job": slurm.job_id(),
                 }
             )
@@ -90,20 +97,23 @@ class RunRecord(Callback):
             run_of(trainer).update({"status": status, "step": 0})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._result(trainer, "test")
+        self._result(trainer, pl_module, "test")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            self._result(trainer, "validation")
+            self._result(trainer, pl_module, "validation")
 
     def _end(self, trainer: Trainer, status: str) -> None:
         if trainer.is_global_zero:
-            seconds = run_of(trainer).read().get("seconds", 0.0) + time.monotonic() - self._start
-            run_of(trainer).update(
-                {"status": status, "step": trainer.global_step, "seconds": round(seconds, 3)}
-            )
+            known = run_of(trainer).read()
+            seconds = known.get("seconds", 0.0) + time.monotonic() - self._start
+            facts = {"status": status, "step": trainer.global_step, "seconds": round(seconds, 3)}
+            if self._energy is not None:
+                before = known.get("energy", {}).get("watt_hours", 0.0)
+                facts["energy"] = {"watt_hours": round(before + self._energy.watt_hours(), 4)}
+            run_of(trainer).update(facts)
 
-    def _result(self, trainer: Trainer, split: str) -> None:
+    def _result(self, trainer: Trainer, pl_module: Any, split: str) -> None:
         if trainer.is_global_zero:
             run = run_of(trainer)
             metrics = {
@@ -113,6 +123,7 @@ class RunRecord(Callback):
             }
             checkpoint = Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else None
             entry = {"time": _now(), "split": split, "checkpoint": checkpoint, "metrics": metrics}
+            entry["intervals"] = pl_module.intervals
             run.update({"results": [*run.read().get("results", []), entry]})
 
 
@@ -131,6 +142,20 @@ def environment() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "verb": sys.argv[1] if len(sys.argv) > 1 else "",
     }
+
+
+def devices(trainer: Trainer) -> list[torch.device]:
+    """Return this node's devices that a trainer computes on."""
+    kind = trainer.strategy.root_device.type
+    return [
+        torch.device(kind, i) if kind == "cuda" else torch.device(kind) for i in trainer.device_ids
+    ]
+
+
+def of_devices(trainer: Trainer) -> dict[str, Any]:
+    """Name a trainer's devices, and count them over all nodes."""
+    names = [device_name(device) for device in devices(trainer)]
+    return {"devices": list(dict.fromkeys(names)), "num_devices": trainer.world_size}
 
 
 def _git_commit() -> str | None:

@@ -104,10 +104,10 @@ class VRAMGuard(Callback):
         fitting = self._tokens_that_fit()
         if self._percent() >= self.threshold_percent:
             half = max(longest, (budget or sum(batch["lengths"])) // 2)
-            self._cut(trainer, pl_module, half, "the device is nearly full")
+            self._cut(trainer, pl_module, half, "the device is nearly full", "nearly_full")
         elif tokens > max(fitting, longest):
             why = f"the device has room for about {fitting:,.0f} padded tokens, the step would take {tokens:,}"
-            self._cut(trainer, pl_module, max(longest, int(fitting)), why)
+            self._cut(trainer, pl_module, max(longest, int(fitting)), why, "nearly_full")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -160,7 +160,7 @@ class VRAMGuard(Callback):
         lengths = f"{failure.rows_at_once} rows at once, longest {max(failure.lengths):,} tokens"
         budget = max(self.min_tokens, failure.tokens_at_once // 2)
         why = f"out of memory in the {failure.stage} of step {failure.step} ({lengths})"
-        self._cut(trainer, pl_module, budget, why)
+        self._cut(trainer, pl_module, budget, why, "out_of_memory")
         return True
 
     def _retry_update(self, trainer: Trainer, failure: StepFailure) -> bool:
@@ -170,26 +170,23 @@ class VRAMGuard(Callback):
                 "an 8-bit or paged optimizer (bitsandbytes.optim.PagedAdamW8bit), or model.lora"
             )
         self._failed_update = failure.step
-        self._record(
-            trainer,
-            failure.step,
-            "out of memory in the optimizer's update; it was undone and taken again",
-        )
+        event = "out of memory in the optimizer's update; it was undone and taken again"
+        self._record(trainer, failure.step, event, "out_of_memory")
         return True
 
-    def _cut(self, trainer: Trainer, pl_module: Any, budget: int, why: str) -> None:
+    def _cut(self, trainer: Trainer, pl_module: Any, budget: int, why: str, kind: str) -> None:
         before = pl_module.max_tokens_per_micro_batch
         pl_module.max_tokens_per_micro_batch = self._budget = budget
         shown = f"{before:,}" if before is not None else "the whole step"
-        self._record(
-            trainer, trainer.global_step + 1, f"{why}: {shown} -> {budget:,} tokens per micro-batch"
-        )
+        event = f"{why}: {shown} -> {budget:,} tokens per micro-batch"
+        self._record(trainer, trainer.global_step + 1, event, kind)
 
-    def _record(self, trainer: Trainer, step: int, event: str) -> None:
+    def _record(self, trainer: Trainer, step: int, event: str, kind: str) -> None:
         if trainer.is_global_zero:
             log.info("WARNING: %s", event)
             run = run_of(trainer)
-            run.update({"events": [*run.read().get("events", []), {"step": step, "event": event}]})
+            entry = {"step": step, "kind": kind, "event": event}
+            run.update({"events": [*run.read().get("events", []), entry]})
 
 
 def _is_adapter(pl_module: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from fine_tune.errors import UserError
+from fine_tune.report.inert import markdown
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
 from fine_tune.trained_model import TrainedModel, run_name
@@ -122,7 +123,4 @@ def _python(target: Path, kind: str, package: str = "transformers") -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as inert text of one table cell."""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    text = "".join(character if character.isprintable() else " " for character in text)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return markdown(f"{value:.6g}" if isinstance(value, float) else value)

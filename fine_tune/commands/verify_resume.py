@@ -122,7 +122,7 @@ def verify_resume(settings: list[str], steps: int | None, seed: int) -> bool:
         *("--trainer.default_root_dir", str(root), "--trainer.max_steps", str(steps)),
         *("--trainer.log_every_n_steps", "1", "--checkpoint.every", str(every)),
         *("--data.cache_dir", str(plan.settings.data.init_args.cache_dir)),
-        *("--test_at_end", "false", "--generations.rows", "0"),
+        *("--test_at_end", "false", "--generations.rows", "0", "--report", "null"),
     ]
     straight, killed = _both_runs(common, killed_at, root / LOGS, console)
     verdicts = compare(straight, killed)

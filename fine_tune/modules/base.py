@@ -121,7 +121,8 @@ class StepModule(LightningModule):
         )
         self.model: PreTrainedModel | PeftModel | None = None
         self.metrics: Any = TokenMetrics()
-        self._throughput = Throughput()
+        self.throughput = Throughput()
+        self.intervals: dict[str, list[float]] = {}  # of 95 %, of what was measured last
         self._grad_norm = torch.zeros(())
         self.starts_from_checkpoint = False  # the command line knows before Lightning tells
         # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained
@@ -191,9 +192,15 @@ class StepModule(LightningModule):
         if self.trainer.state.fn == "fit":
             if self.trainer.strategy.root_device.type == "cpu":
                 own_trained(self.model)
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            total, share = self.model.num_parameters(), "weights: %s, %s of them trained (%.2f %%)"
+            total, trained = self.num_weights()
+            share = "weights: %s, %s of them trained (%.2f %%)"
             log.info(share, f"{total:,}", f"{trained:,}", 100 * trained / total)
+
+    def num_weights(self) -> tuple[int, int]:
+        """Count the model's weights, and those of them that are trained."""
+        assert self.model is not None
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return int(self.model.num_parameters()), trained
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer, self.named_parameters(), self.lora_plus_ratio)
@@ -219,8 +226,8 @@ class StepModule(LightningModule):
             if gradient.failure is None:
                 break
             self.handle(gradient.failure)
-        self._throughput.add(gradient.num_tokens)
-        log_step(self, gradient, self._throughput)
+        self.throughput.add(gradient.num_tokens)
+        log_step(self, gradient, self.throughput)
         return gradient.loss
 
     def gradients(self, batch: Any) -> StepGradient:
@@ -272,7 +279,7 @@ class StepModule(LightningModule):
             wrapped.require_backward_grad_sync = (
                 False  # the step sums gradients once, after its last micro-batch
             )
-        self._throughput.start()
+        self.throughput.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.plan.num_steps:
@@ -287,11 +294,11 @@ class StepModule(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
-        self._throughput.pause()
+        self.throughput.pause()
 
     def on_validation_epoch_end(self) -> None:
         log_evaluation(self, "val")
-        self._throughput.go_on()
+        self.throughput.go_on()
 
     def on_test_epoch_end(self) -> None:
         log_evaluation(self, "test")

@@ -56,10 +56,17 @@ def log_evaluation(module: "StepModule", split: str) -> None:
     """Log what a split measured: to the loggers while training, else to the run's record alone.
 
     Args:
-        module: Whose metrics; they start anew.
+        module: Whose metrics; they start anew. Its ``intervals`` become those of 95 %.
         split: ``val`` or ``test``.
     """
-    values = {f"{split}/{name}": value.float() for name, value in module.metrics.compute().items()}
+    computed = module.metrics.compute()
+    values = {f"{split}/{name}": computed[name].float() for name in module.evaluation_metrics}
+    ends = {name: (f"{name}_low", f"{name}_high") for name in module.evaluation_metrics}
+    module.intervals = {
+        f"{split}/{name}": [float(computed[end]) for end in pair]
+        for name, pair in ends.items()
+        if computed.keys() >= set(pair) and all(torch.isfinite(computed[end]) for end in pair)
+    }
     module.metrics.reset()
     for name, value in values.items():
         if not torch.isfinite(value):
@@ -70,6 +77,7 @@ def log_evaluation(module: "StepModule", split: str) -> None:
         values |= {
             "step": torch.tensor(float(step)),
             "epoch": torch.tensor(step / module.plan.steps_per_epoch),
+            "perf/evaluation_seconds": torch.tensor(module.throughput.paused_seconds()),
         }
     module.log_dict(values, logger=fitting)
 

@@ -1,4 +1,7 @@
-"""Evaluation metrics: sums over all tokens of a split, so that no batch size changes them."""
+"""Evaluation metrics: sums over all tokens of a split, so that no batch size changes them; and how sure they are.
+
+Shape letters: N supervised tokens, R rows, B pairs.
+"""
 
 import torch
 from torch import Tensor
@@ -8,13 +11,16 @@ from torchmetrics import Metric
 class TokenMetrics(Metric):
     """Loss, perplexity and token accuracy over the supervised tokens of a split, all ranks together.
 
-    Sums are kept in float64 (float32 on devices without it).
+    Their 95 % intervals take rows as drawn, not tokens, which are alike within a row. Sums are kept in float64
+    (float32 on devices without it).
     """
 
     full_state_update = False
     nll_sum: Tensor
     num_tokens: Tensor
     num_correct: Tensor
+    num_rows: Tensor
+    products: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,21 +28,59 @@ class TokenMetrics(Metric):
         self.add_state("nll_sum", torch.zeros((), dtype=wide), dist_reduce_fx="sum")
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("num_correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("num_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        # of each row's tokens, NLL and correct tokens, two at a time
+        self.add_state("products", torch.zeros(3, 3, dtype=wide), dist_reduce_fx="sum")
 
-    def update(self, nll_N: Tensor, num_correct: Tensor) -> None:
-        """Add one micro-batch: the NLL of each supervised token in nats, and how many were the likeliest."""
-        self.nll_sum += nll_N.to(self.nll_sum.dtype).sum()
+    def update(self, nll_N: Tensor, correct_N: Tensor, row_lengths: list[int]) -> None:
+        """Add one micro-batch.
+
+        Args:
+            nll_N: The NLL of each supervised token in nats.
+            correct_N: Whether it was the likeliest.
+            row_lengths: Supervised tokens of each row, in the order of the tokens.
+        """
+        wide_N = nll_N.to(self.nll_sum.dtype)
+        self.nll_sum += wide_N.sum()
         self.num_tokens += len(nll_N)
-        self.num_correct += num_correct
+        self.num_correct += correct_N.sum()
+        self.num_rows += len(row_lengths)
+        tokens_N3 = torch.stack([torch.ones_like(wide_N), wide_N, correct_N.to(wide_N.dtype)], 1)
+        rows_R3 = torch.stack([row_3N.sum(0) for row_3N in tokens_N3.split(row_lengths)])
+        self.products += rows_R3.T @ rows_R3
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``loss`` (nats per token), ``perplexity`` (inf past the largest float), ``token_accuracy``."""
-        loss = self.nll_sum / self.num_tokens
+        """Return ``loss`` (nats per token), ``perplexity`` (inf past the largest float), ``token_accuracy``.
+
+        Beside each its 95 % interval, ``_low`` and ``_high``; NaN of a single row.
+        """
+        loss, accuracy = self.nll_sum / self.num_tokens, self.num_correct / self.num_tokens
+        error = self._error(1, loss)
+        low, high = (loss - Z_95 * error).clamp(min=0), loss + Z_95 * error
+        # as many independent draws as would spread as widely; of none or all right, no more than rows
+        wide = accuracy.to(self.products.dtype)
+        draws = wide * (1 - wide) / self._error(2, wide) ** 2
+        draws = torch.where(draws.isfinite() & (draws > 0), draws, self.num_rows)
+        accuracy_low, accuracy_high = wilson_interval(wide, draws.clamp(max=self.num_tokens))
         return {
             "loss": loss,
+            "loss_low": low,
+            "loss_high": high,
             "perplexity": torch.exp(loss),
-            "token_accuracy": self.num_correct / self.num_tokens,
+            "perplexity_low": torch.exp(low),
+            "perplexity_high": torch.exp(high),
+            "token_accuracy": accuracy,
+            "token_accuracy_low": accuracy_low,
+            "token_accuracy_high": accuracy_high,
         }
+
+    def _error(self, of: int, ratio: Tensor) -> Tensor:
+        """Return the standard error of a ratio of sums over rows (Cochran, Sampling Techniques, 1977, section 6.3)."""
+        products = self.products
+        spread = products[of, of] - 2 * ratio * products[of, 0] + ratio**2 * products[0, 0]
+        return (
+            torch.sqrt(spread.clamp(min=0) * self.num_rows / (self.num_rows - 1)) / self.num_tokens
+        )
 
 
 PREFERENCE_METRICS = (
@@ -48,10 +92,11 @@ PREFERENCE_METRICS = (
     "logps_rejected",
 )
 ACCURACY_INTERVAL = ("rewards_accuracy_low", "rewards_accuracy_high")
+Z_95 = 1.96
 
 
 class PreferenceMetrics(Metric):
-    """Means over the pairs of a split, all ranks together, and the 95 % interval of the accuracy.
+    """Means over the pairs of a split, all ranks together, and their 95 % intervals.
 
     Sums are kept in float64 (float32 on devices without it), so that no batch size changes them.
 
@@ -61,6 +106,7 @@ class PreferenceMetrics(Metric):
 
     full_state_update = False
     sums: Tensor
+    squares: Tensor
     num_pairs: Tensor
 
     def __init__(self, names: tuple[str, ...] = PREFERENCE_METRICS) -> None:
@@ -69,22 +115,29 @@ class PreferenceMetrics(Metric):
         wide = torch.float32 if torch.backends.mps.is_available() else torch.float64
         zeros = torch.zeros(1 + len(names), dtype=wide)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.add_state("squares", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("num_pairs", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss_B: Tensor, *measured: Tensor) -> None:
         """Add pairs: their losses, and what ``names`` names, one value each."""
         values = torch.stack([loss_B, *measured]).to(self.sums.dtype)
         self.sums += values.sum(1)
+        self.squares += values.square().sum(1)
         self.num_pairs += len(loss_B)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``loss``, ``names`` and ``ACCURACY_INTERVAL`` (Wilson's, of 95 %)."""
-        means = dict(zip(("loss", *self.names), self.sums / self.num_pairs, strict=True))
-        interval = wilson_interval(means["rewards_accuracy"], self.num_pairs)
-        return {**means, **dict(zip(ACCURACY_INTERVAL, interval, strict=True))}
+        """Return ``loss`` and ``names``, each with ``_low`` and ``_high``, of the accuracy by Wilson's interval."""
+        names, mean, count = ("loss", *self.names), self.sums / self.num_pairs, self.num_pairs
+        spread = (self.squares / count - mean**2).clamp(min=0)
+        error = Z_95 * torch.sqrt(spread / (count - 1))
+        means = dict(zip(names, mean, strict=True))
+        lows = {f"{name}_low": value for name, value in zip(names, mean - error, strict=True)}
+        highs = {f"{name}_high": value for name, value in zip(names, mean + error, strict=True)}
+        interval = wilson_interval(means["rewards_accuracy"], count)
+        return {**means, **lows, **highs, **dict(zip(ACCURACY_INTERVAL, interval, strict=True))}
 
 
-def wilson_interval(share: Tensor, count: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor]:
+def wilson_interval(share: Tensor, count: Tensor, z: float = Z_95) -> tuple[Tensor, Tensor]:
     """Return the 95 % interval of a share of ``count`` draws (Wilson, 1927)."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     spread = z / (1 + z**2 / count)

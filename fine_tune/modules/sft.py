@@ -35,8 +35,9 @@ class SFT(StepModule):
 
     def evaluate(self, micro_batch: SFTBatch) -> None:
         logits_NV, targets_N = self._supervised_logits(micro_batch)
-        num_correct = (logits_NV.argmax(-1) == targets_N).sum()
-        self.metrics.update(nll_per_token(logits_NV, targets_N), num_correct)
+        correct_N = logits_NV.argmax(-1) == targets_N
+        nll_N = nll_per_token(logits_NV, targets_N)
+        self.metrics.update(nll_N, correct_N, micro_batch["num_supervised"])
 
     def _supervised_logits(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
         assert self.model is not None

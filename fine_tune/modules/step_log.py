@@ -30,6 +30,10 @@ class Throughput:
         """Stop the watch until ``go_on``."""
         self._pause_start = time.perf_counter()
 
+    def paused_seconds(self) -> float:
+        """Return the seconds since ``pause``."""
+        return time.perf_counter() - self._pause_start
+
     def go_on(self) -> None:
         """Leave out the time since ``pause``."""
         self._start += time.perf_counter() - self._pause_start

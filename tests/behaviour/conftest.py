@@ -53,7 +53,7 @@ def dpo_args(model_folder: Path, tmp_path: Path) -> list[str]:
         *("--data", "fine_tune.data.PreferenceData"),
         *("--data.path", str(write_pairs(tmp_path / "pairs.jsonl"))),
         *("--data.batch_size", "8", "--data.epochs", "2", "--model.optimizer.lr", "3e-3"),
-        *("--trainer.log_every_n_steps", "1", "--generations.rows", "0"),
+        *("--trainer.log_every_n_steps", "1", "--generations.rows", "0", "--report", "null"),
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from harness import REPOSITORY, TOKENIZER, CommandLine, write_rows
+from report_items import check_every_item
 from small_models import save_small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PhiConfig, Qwen2Config
 
@@ -124,9 +125,20 @@ def test_every_config_takes_three_real_steps(
     assert [row["step"] for row in outcome.metrics(config.stem)] == ["1", "2", "3"]
 
 
-def test_phi2_xsum_runs_its_schedule_to_the_end(command_line: CommandLine, tmp_path: Path) -> None:
-    args = [*stand_ins("phi2_xsum", tmp_path, num_train=5000), "--generations.rows", "0"]
-    args += ["--trainer.log_every_n_steps", "100"]
+def test_phi2_xsum_runs_its_schedule_to_the_end_and_its_report_says_so(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    args = [*stand_ins("phi2_xsum", tmp_path, num_train=5000), "--test_at_end", "true"]
+    args += ["--generations.rows", "2", "--generations.max_new_tokens", "4"]
+    args += [
+        "--trainer.log_every_n_steps",
+        "100",
+        "--report",
+        "en",
+        "--purpose",
+        "Summaries in one sentence.",
+    ]
+    args += ["--targets", '{"val/loss": 100, "test/loss": 0.001}', "--licences", "{all: MIT}"]
     config = REPOSITORY / "configs" / "phi2_xsum.yaml"
     outcome = command_line("fit", "--config", config, *args)
     assert outcome.code == 0, outcome.err
@@ -142,6 +154,7 @@ def test_phi2_xsum_runs_its_schedule_to_the_end(command_line: CommandLine, tmp_p
     assert record["num_rows"] == {"train": 5000, "validation": 4, "test": 4}
     validated = [int(row["step"]) for row in outcome.metrics("phi2_xsum") if row["val/loss"]]
     assert validated == [500, 625]
+    check_every_item(outcome.run("phi2_xsum"), outcome.metrics("phi2_xsum"))
 
 
 def test_targets_are_reached_or_missed(command_line: CommandLine, fit_args: list[str]) -> None:

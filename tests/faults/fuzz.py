@@ -210,7 +210,17 @@ def fuzz_processes(
         args = [a.replace("CONFIG", str(folder / "given.yaml")) for a in flags]
         if any("\0" in arg for arg in args):
             continue
-        command = [sys.executable, "-m", "fine_tune", "fit", *args, "--trainer.max_steps", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "fine_tune",
+            "fit",
+            *args,
+            "--trainer.max_steps",
+            "1",
+            "--report",
+            "null",
+        ]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         try:
             ended = subprocess.run(

@@ -137,6 +137,7 @@ def arguments(verb: str, root: Path, model: Path, data: Path, *more: str) -> lis
         "data.batch_size": BATCH_SIZE,
         "generations.rows": 0,
         "early_stopping.patience": "null",
+        "report": "null",
     }
     if verb == "fit":
         given |= {

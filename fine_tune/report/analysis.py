@@ -1,0 +1,309 @@
+"""What a run's numbers say: pure functions from curves to findings, each with the numbers that show it.
+
+Every comparison is of means over windows and is held against noise, taken from the differences of neighbouring values,
+which a slow trend leaves alone.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from fine_tune.report.record import Curve
+
+Verdict = Literal["diverged", "overfitted", "worsened", "improving", "converged", "unclear"]
+Tone = Literal["good", "bad", "note"]
+FEWEST = 6  # logged losses, below which nothing is said of a trend
+WINDOW = 0.1  # of the logged steps
+LATE = 0.8  # from here on a run is late
+SIGMAS = 3.0
+OF_LEVEL, OF_FALL = 0.01, 0.02  # smaller changes of a loss are none: of its value, of all it fell
+OF_FALL_RISEN = 0.2  # of all that training won and lost again: it diverged
+OF_LEVEL_RISEN = 0.2  # of the first loss, by which all of the last ones lie above it
+STEADY_GROWTH, STEADY_PEAK = 3.0, 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence: its key in the words, its numbers, and how it reads."""
+
+    key: str
+    tone: Tone = "note"
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The numbers of a run.
+
+    Args:
+        train: Training loss.
+        validation: Validation loss.
+        grad_norm: Norm of the gradient before clipping.
+        num_spikes: Recorded loss spikes.
+        non_finite_steps: Steps whose loss or gradient was infinite or no number.
+        accuracy: Of the rewards of validation pairs, with both ends of its interval.
+        stopped_step: The step whose loss or gradient was no finite number in the safest precision either.
+        clip: Norm to which gradients are clipped, if they are.
+    """
+
+    train: Curve
+    validation: Curve
+    grad_norm: Curve
+    num_spikes: int = 0
+    non_finite_steps: tuple[int, ...] = ()
+    accuracy: tuple[Curve, Curve, Curve] | None = None
+    stopped_step: int | None = None
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The verdict, the finding behind it, and the others."""
+
+    verdict: Verdict
+    main: Finding
+    others: list[Finding]
+
+
+def analyse(evidence: Evidence) -> Analysis:
+    """Say whether a run converged, overfitted, diverged or still improved, and what else stands out."""
+    others = [
+        finding
+        for finding in (
+            training_trend(evidence.train.finite()),
+            gap(evidence.train.finite(), evidence.validation.finite()),
+            gradients(evidence.grad_norm, evidence.clip),
+            preference(*evidence.accuracy) if evidence.accuracy is not None else None,
+            numerics(evidence),
+        )
+        if finding is not None
+    ]
+    train, validation = evidence.train.finite(), evidence.validation.finite()
+    if len(evidence.validation) > len(validation) or len(evidence.train) > len(train):
+        broken = (
+            evidence.validation if len(evidence.validation) > len(validation) else evidence.train
+        )
+        first = int(broken.steps[~np.isfinite(broken.values)][0])
+        return Analysis("diverged", Finding("not_finite", "bad", {"step": first}), others)
+    if evidence.stopped_step is not None:
+        broke = Finding("broke", "bad", {"step": evidence.stopped_step})
+        return Analysis("diverged", broke, others)
+    risen = divergence(train)
+    if risen is not None:
+        return Analysis("diverged", risen, others)
+    worse = overfitting(train, validation)
+    if worse is not None:
+        return Analysis("overfitted" if worse.key == "overfitted" else "worsened", worse, others)
+    return Analysis(*improvement(train, validation), others)
+
+
+# ---- windows and noise
+
+
+def noise(values: np.ndarray) -> float:
+    """Estimate the standard deviation of a series around its trend, from the median of neighbours' differences.
+
+    ``1.4826 * MAD(differences) / sqrt(2)``: of 1, 2, 1, 2, 1 the differences are 1, -1, 1, -1, their median is 0 and
+    their MAD 1, so the noise is 1.05; of a straight line it is 0.
+    """
+    if len(values) < 3:
+        return 0.0
+    differences = np.diff(values)
+    spread = np.median(np.abs(differences - np.median(differences)))
+    return float(1.4826 * spread / math.sqrt(2))
+
+
+def late_noise(curve: Curve) -> float:
+    """Estimate the noise of the second half; few values of a steep fall say nothing of it."""
+    late = curve.values[len(curve) // 2 :]
+    return noise(late) if len(late) >= FEWEST else 0.0
+
+
+def training_noise(train: Curve) -> float:
+    """Estimate the noise of training losses: late in the run, or where they are few, in all of it."""
+    return late_noise(train) or noise(train.values)
+
+
+def luck(count: int) -> float:
+    """Return by how many standard deviations the least of so many draws lies below their mean, at most about."""
+    return math.sqrt(2 * math.log(count))
+
+
+def window(curve: Curve) -> int:
+    """Return how many logged values are averaged into one mean."""
+    return max(1, round(len(curve) * WINDOW))
+
+
+def mean_until(curve: Curve, step: int) -> float | None:
+    """Return the mean of the last window of values up to a step."""
+    values = curve.values[curve.steps <= step]
+    return float(values[-window(curve) :].mean()) if len(values) else None
+
+
+# ---- findings
+
+
+def training_trend(train: Curve) -> Finding | None:
+    """Compare the first window of training losses with the last one."""
+    if not len(train):
+        return None
+    if len(train) < FEWEST:
+        numbers = {"last": float(train.values[-1]), "step": int(train.steps[-1])}
+        return Finding("train_few", "note", {**numbers, "count": len(train)})
+    width = window(train)
+    first, last = float(train.values[:width].mean()), float(train.values[-width:].mean())
+    numbers = {"first": first, "last": last, "until": int(train.steps[width - 1])}
+    numbers["since"] = int(train.steps[-width])
+    limit = max(SIGMAS * noise(train.values) * math.sqrt(2 / width), OF_LEVEL * abs(first))
+    if abs(last - first) <= limit:
+        return Finding("train_flat", "bad", numbers)
+    return (
+        Finding("train_fell", "good", numbers)
+        if last < first
+        else Finding("train_rose", "bad", numbers)
+    )
+
+
+def divergence(train: Curve) -> Finding | None:
+    """Find a training loss that rises, beyond noise, above the lowest it had been on average."""
+    if len(train) < FEWEST:
+        return None
+    width = window(train)
+    first, end = float(train.values[0]), train.values[-max(3, width) :]
+    if end.min() > first + OF_LEVEL_RISEN * abs(first):  # all of them: no noise does that
+        numbers = {"best": first, "step": int(train.steps[0]), "last": float(end.mean())}
+        return Finding("diverged", "bad", numbers)
+    blocks = np.array_split(np.arange(len(train)), max(3, len(train) // width))
+    means = np.array([train.values[block].mean() for block in blocks])
+    best = int(means.argmin())
+    rise, fall = float(means[-1] - means[best]), float(means[0] - means[best])
+    limit = max(
+        (SIGMAS + luck(len(blocks))) * training_noise(train) / math.sqrt(width),
+        OF_FALL_RISEN * fall,
+        5 * OF_LEVEL * abs(float(means[best])),
+    )
+    if rise <= limit:
+        return None
+    numbers = {"best": float(means[best]), "step": int(train.steps[blocks[best][-1]])}
+    return Finding("diverged", "bad", {**numbers, "last": float(means[-1])})
+
+
+def overfitting(train: Curve, validation: Curve) -> Finding | None:
+    """Find a validation loss that rises since its best step, beyond noise: overfitting, where training still falls."""
+    if len(validation) < 2:
+        return None
+    best = int(validation.values.argmin())
+    low, last = float(validation.values[best]), float(validation.values[-1])
+    numbers: dict[str, float] = {"best": low, "last": last}
+    numbers |= {"step": int(validation.steps[best]), "end": int(validation.steps[-1])}
+    limit = max(
+        (SIGMAS + luck(len(validation))) * late_noise(validation),
+        OF_LEVEL * abs(low),
+        OF_FALL * _fall(train, low),
+    )
+    then, now = (mean_until(train, int(validation.steps[i])) for i in (best, -1))
+    if last - low <= limit or then is None or now is None:
+        return None
+    numbers |= {"rise": last - low, "limit": limit, "then": then, "now": now}
+    falls = then - now > SIGMAS * training_noise(train) * math.sqrt(2 / window(train))
+    return Finding("overfitted" if falls else "worsened", "bad", numbers)
+
+
+def improvement(train: Curve, validation: Curve) -> tuple[Verdict, Finding]:
+    """Say whether the last fifth of the steps still took off more than noise, by validation where it can tell."""
+    curve, which = validation, "validation"
+    late = validation.steps <= LATE * validation.steps[-1] if len(validation) else np.zeros(0, bool)
+    if not late.any():
+        curve, which = train, "train"
+    if which == "train" and len(train) < FEWEST:
+        return "unclear", Finding(
+            "unclear", "note", {"count": len(train), "evaluations": len(validation)}
+        )
+    if which == "validation":
+        index = int(np.flatnonzero(late)[-1])
+        start, before, now = (
+            int(curve.steps[index]),
+            float(curve.values[index]),
+            float(curve.values[-1]),
+        )
+        error = late_noise(curve) * math.sqrt(2)
+    else:
+        width = max(1, round(len(curve) * (1 - LATE)))
+        start = int(curve.steps[-width])
+        before = float(curve.values[-2 * width : -width].mean())
+        now, error = float(curve.values[-width:].mean()), noise(curve.values) * math.sqrt(2 / width)
+    numbers: dict[str, float] = {"before": before, "last": now, "step": start}
+    numbers |= {"end": int(curve.steps[-1]), "change": before - now}
+    numbers["fall"] = _fall(train, now)
+    limit = max(SIGMAS * error, OF_LEVEL * abs(now), OF_FALL * numbers["fall"])
+    if before - now > limit:
+        return "improving", Finding(f"improving_{which}", "note", numbers)
+    return "converged", Finding(f"converged_{which}", "good", {**numbers, "limit": limit})
+
+
+def gap(train: Curve, validation: Curve) -> Finding | None:
+    """Return training minus validation loss at the last evaluation."""
+    if not len(validation):
+        return None
+    step = int(validation.steps[-1])
+    loss = mean_until(train, step)
+    if loss is None:
+        return None
+    measured = float(validation.values[-1])
+    return Finding(
+        "gap_at_end", "note", {"step": step, "train": loss, "val": measured, "gap": loss - measured}
+    )
+
+
+def gradients(norms: Curve, clip: float | None) -> Finding | None:
+    """Say whether gradients stayed of one size: their median late against early, their largest against the median."""
+    finite = norms.finite()
+    if len(finite) < FEWEST:
+        return None
+    values = finite.values
+    third = len(values) // 3
+    early, late = float(np.median(values[:third])), float(np.median(values[-third:]))
+    median, most = float(np.median(values)), float(values.max())
+    numbers: dict[str, float] = {"median": median, "max": most, "early": early, "late": late}
+    numbers |= {"step": int(finite.steps[values.argmax()])}
+    key, tone = "grad_steady", "good"
+    if early > 0 and late > STEADY_GROWTH * early:
+        key, tone = "grad_grew", "bad"
+    elif most > STEADY_PEAK * max(early, late):
+        key, tone = "grad_peaks", "note"
+    if clip:
+        numbers |= {"clip": clip, "clipped": float((values > clip).mean())}
+        key += "_clipped"
+    return Finding(key, tone, numbers)  # type: ignore[arg-type]
+
+
+def preference(accuracy: Curve, low: Curve, high: Curve) -> Finding | None:
+    """Say how often the chosen answer of a validation pair got the higher reward, and whether that beats chance."""
+    if not len(accuracy) or len(accuracy) != len(low) or len(low) != len(high):
+        return None
+    numbers: dict[str, float] = {
+        "step": int(accuracy.steps[-1]),
+        "share": float(accuracy.values[-1]),
+    }
+    numbers |= {"low": float(low.values[-1]), "high": float(high.values[-1])}
+    beats_chance = numbers["low"] > 0.5
+    return Finding(
+        "prefers" if beats_chance else "prefers_not", "good" if beats_chance else "note", numbers
+    )
+
+
+def numerics(evidence: Evidence) -> Finding | None:
+    """Count loss spikes and steps that were no finite numbers."""
+    if evidence.non_finite_steps:
+        steps = evidence.non_finite_steps
+        return Finding("fallbacks", "bad", {"count": len(steps), "step": steps[0]})
+    if evidence.num_spikes:
+        return Finding("spikes", "note", {"count": evidence.num_spikes})
+    return None
+
+
+def _fall(train: Curve, low: float) -> float:
+    """Return how far a loss came down from where training began."""
+    return max(0.0, float(train.values[: window(train)].mean()) - low) if len(train) else 0.0

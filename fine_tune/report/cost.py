@@ -1,0 +1,90 @@
+"""What a run took, and the commands that reproduce it or go on from it."""
+
+import shlex
+import statistics
+
+from fine_tune.report.blocks import Block, Code, Facts, Section, Sentences
+from fine_tune.report.record import RunRecord
+from fine_tune.report.words import Words
+
+PYTHON = "python -m fine_tune"
+
+
+def cost(run: RunRecord, words: Words, grid: float | None) -> Section:
+    """Say what training took: time, tokens, memory, energy, CO2e.
+
+    Args:
+        run: The run.
+        words: The language.
+        grid: Grams of CO2e per kWh; None: not given.
+    """
+    unknown = words("unknown")
+    trained, peak = trained_tokens(run), peak_gib(run)
+    rates = run.curve("perf/tokens_per_second").finite().values
+    evaluation = run.curve("perf/evaluation_seconds").finite().values
+    pairs = [
+        (words("time"), _time(run, words)),
+        (words("of_evaluation"), words.seconds(evaluation.sum()) if len(evaluation) else unknown),
+        (words("trained_tokens"), words.number(trained) if trained else unknown),
+        (words("rate"), words.number(statistics.median(rates.tolist())) if len(rates) else unknown),
+        (words("peak_memory"), words("gib", value=peak) if peak is not None else unknown),
+    ]
+    watt_hours = run.record.get("energy", {}).get("watt_hours")
+    energy = co2e = words("not_measured")
+    if isinstance(watt_hours, int | float):
+        energy, co2e = words("watt_hours", value=float(watt_hours)), words("co2e_no_factor")
+        if grid is not None:
+            co2e = words("co2e_of", grams=watt_hours / 1000 * grid, factor=grid)
+    pairs += [(words("energy"), energy), (words("co2e"), co2e)]
+    return Section("cost", words("cost"), [Facts(pairs)])
+
+
+def _time(run: RunRecord, words: Words) -> str:
+    seconds, starts = run.record.get("seconds"), len(run.record.get("starts", []))
+    if not seconds:
+        return words("unknown")
+    told = words.seconds(seconds)
+    return told if starts < 2 else words("time_of_starts", time=told, count=starts)
+
+
+def trained_tokens(run: RunRecord) -> int | None:
+    """Return the tokens of all steps taken."""
+    per_epoch = run.record.get("steps_per_epoch")
+    tokens = run.record.get("num_tokens", {}).get("train")
+    known = isinstance(tokens, int) and per_epoch
+    return round(tokens * run.step / per_epoch) if known and per_epoch and tokens else None
+
+
+def peak_gib(run: RunRecord) -> float | None:
+    """Return the largest memory that was logged: a GPU's own peak, or the process's at the logged steps."""
+    names = ("perf/vram_peak_gib", "perf/memory_allocated_gib")
+    peaks = [run.curve(name).finite().values for name in names]
+    return max((float(values.max()) for values in peaks if len(values)), default=None)
+
+
+def commands(run: RunRecord, words: Words) -> Section:
+    """Give the commands that reproduce the run, go on with it, and test it; and those that made it."""
+    blocks: list[Block] = []
+    fit = f"{PYTHON} fit --config {shlex.quote(str(run.path / 'config.yaml'))}"
+    if run.config:
+        blocks.append(Code(words("reproduce"), [fit]))
+    if run.config and run.record.get("last"):
+        done = run.status == "finished"
+        longer = f"{fit} --ckpt_path last --data.epochs N"
+        blocks.append(
+            Code(words("extend"), [longer])
+            if done
+            else Code(words("resume"), [f"{fit} --ckpt_path last"])
+        )
+        test = fit.replace(" fit ", " test ", 1)
+        blocks.append(Code(words("test_command"), [f"{test} --ckpt_path best"]))
+    made = [
+        f"cd {shlex.quote(str(entry.get('directory', '.')))} && {PYTHON} {shlex.join(map(str, entry['command']))}"
+        for entry in run.record.get("commands", [])
+        if isinstance(entry.get("command"), list)
+    ]
+    if made:
+        blocks.append(Code(words("made_by"), made))
+    return Section(
+        "commands", words("commands"), blocks or [Sentences([("note", words("no_commands"))])]
+    )

@@ -1,0 +1,199 @@
+"""What a run folder says, read into one object; files that are missing or cut say less, and that is noted."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from fine_tune.runs.run_folder import RECORD
+from fine_tune.runs.run_lock import is_owned
+
+METRICS, CONFIG, AUDIT, ANSWERS = "metrics.csv", "config.yaml", "data.json", "generations.jsonl"
+LISTS = ("results", "events", "starts", "commands", "changes", "parents", "checkpoints")
+MAPPINGS = ("environment", "num_rows", "num_tokens", "num_supervised", "model", "energy")
+NUMBERS = ("step", "num_steps", "steps_per_epoch", "seconds", "best_step", "best_score")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over optimizer steps, in their order."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def finite(self) -> "Curve":
+        """Return the curve without values that are no finite numbers."""
+        kept = np.isfinite(self.values)
+        return Curve(self.steps[kept], self.values[kept])
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is known of a run.
+
+    Args:
+        path: The run folder.
+        record: ``run.json``; entries of a wrong type are left out.
+        config: ``config.yaml``.
+        metrics: Rows of ``metrics.csv`` by step, numbers only.
+        audit: ``data.json``.
+        answers: ``generations.jsonl``.
+        is_owned: Whether a process may be writing into the folder.
+        missing: Files that are not there.
+        damaged: Files that cannot be read as a whole.
+    """
+
+    path: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    audit: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    is_owned: bool = False
+    missing: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def status(self) -> str:
+        """``finished``, ``stopped``, ``failed``, ``running``, ``killed`` (nobody runs it any more), or ``empty``."""
+        status = str(self.record.get("status", "empty"))
+        if status == "running" and not self.is_owned:
+            return "killed"
+        return status
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, as far as the files tell."""
+        logged = int(self.metrics[-1]["step"]) if self.metrics else 0
+        known = int(self.record.get("step") or 0)
+        return known if self.status in ("finished", "stopped", "failed") and known else logged
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.record.get("num_steps") or 0)
+
+    def curve(self, name: str) -> Curve:
+        """Return a column of ``metrics.csv`` where it has values."""
+        rows = [(row["step"], row[name]) for row in self.metrics if name in row]
+        steps, values = zip(*rows, strict=True) if rows else ((), ())
+        return Curve(np.array(steps, dtype=int), np.array(values, dtype=float))
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """Return a setting of ``config.yaml`` by its name on the command line, like ``data.batch_size``."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, dict):
+                return default
+            inner = value.get("init_args")
+            value = value.get(part, inner.get(part) if isinstance(inner, dict) else None)
+        return default if value is None else value
+
+    def results(self, split: str) -> list[dict[str, Any]]:
+        """Return what was measured of a split after training, oldest first."""
+        found = []
+        for result in self.record.get("results", []):
+            metrics = result.get("metrics")
+            if result.get("split") == split and isinstance(metrics, dict):
+                numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+                found.append({**result, "metrics": numbers})
+        return found
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read what a run folder holds.
+
+    Args:
+        path: A run folder; finished, running, killed at any instant, or empty.
+    """
+    missing: list[str] = []
+    damaged: list[str] = []
+
+    def read(name: str, parse: Callable[[str], Any], empty: Any) -> Any:
+        try:
+            text = (path / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            missing.extend([name] if name != ANSWERS else [])  # nobody may have been asked
+            return empty
+        except OSError:
+            damaged.append(name)
+            return empty
+        try:
+            value = parse(text)
+        except (ValueError, yaml.YAMLError, RecursionError):
+            value = None
+        if isinstance(value, type(empty)):
+            return value
+        damaged.append(name)
+        return empty
+
+    answers, cut = read(ANSWERS, _json_lines, ([], 0))
+    metrics, broken = read(METRICS, _rows, ([], 0))
+    damaged += [name for name, count in ((METRICS, broken), (ANSWERS, cut)) if count]
+    return RunRecord(
+        path,
+        record=_typed(read(RECORD, json.loads, {})),
+        config=read(CONFIG, yaml.safe_load, {}),
+        metrics=metrics,
+        audit=read(AUDIT, json.loads, {}),
+        answers=answers,
+        is_owned=is_owned(path),
+        missing=missing,
+        damaged=damaged,
+    )
+
+
+def _typed(record: dict[str, Any]) -> dict[str, Any]:
+    """Keep the entries that are of the type a run writes."""
+    kinds: dict[str, Any] = {name: list for name in LISTS} | {name: dict for name in MAPPINGS}
+    kinds |= {name: (int, float) for name in NUMBERS}
+    kept = {k: v for k, v in record.items() if isinstance(v, kinds.get(k, object))}
+    for name in kept.keys() & set(LISTS):
+        kept[name] = [item for item in kept[name] if isinstance(item, dict)]
+    return kept
+
+
+def _rows(text: str) -> tuple[list[dict[str, float]], int]:
+    """Parse ``metrics.csv``; a value that is no number is left out, a row without a step is counted as broken."""
+    by_step: dict[int, dict[str, float]] = {}
+    broken = 0
+    for texts in csv.DictReader(text.splitlines()):
+        row = {name: _number(value) for name, value in texts.items() if name and value}
+        numbers = {name: value for name, value in row.items() if value is not None}
+        broken += len(numbers) < len(row)
+        if "step" in numbers and np.isfinite(numbers["step"]):
+            by_step.setdefault(int(numbers["step"]), {}).update(numbers)
+        elif texts:
+            broken += 1
+    return [by_step[step] for step in sorted(by_step)], broken
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _json_lines(text: str) -> tuple[list[dict[str, Any]], int]:
+    answers, cut = [], 0
+    for line in text.splitlines():
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            cut += 1
+            continue
+        if isinstance(answer, dict):
+            answers.append(answer)
+    return answers, cut

@@ -1,0 +1,203 @@
+"""What a run was set up to do, as its saved settings and its record say."""
+
+from typing import Any
+
+from fine_tune.report.blocks import Block, Facts, Section
+from fine_tune.report.record import RunRecord
+from fine_tune.report.words import Words
+
+DTYPES = {"32": "float32", "16": "float16", "bf": "bfloat16", "64": "float64"}
+PATH_PARTS = 3
+
+
+def purpose(run: RunRecord, words: Words) -> str:
+    """Return what the run is for: as given, or what its settings do."""
+    given = run.setting("purpose")
+    if given:
+        return str(given)
+    if not run.config:
+        return words("purpose_unknown")
+    module = str(run.setting("model.class_path", "?")).rsplit(".", 1)[-1]
+    kind = words.known(f"module_{module.lower()}", module)
+    return words("purpose_made", kind=kind, model=model_name(run, words), data=data_name(run))
+
+
+def setup(run: RunRecord, words: Words) -> Section:
+    """List model, schedule, batch, precision, adapters and environment."""
+    blocks: list[Block] = [
+        Facts([*_schedule(run, words), *_optimization(run, words), *_numerics(run, words)])
+    ]
+    blocks.append(Facts(_adapter(run, words)))
+    blocks.append(Facts(environment(run, words)))
+    history = _history(run, words)
+    blocks += [Facts(history)] if history else []
+    return Section("setup", words("setup"), blocks)
+
+
+def model_name(run: RunRecord, words: Words) -> str:
+    """Return the model's name, or what a new one is."""
+    new = run.setting("model.from_config")
+    if isinstance(new, dict):
+        return words("new_model", kind=str(new.get("model_type") or new.get("class") or "?"))
+    return short_path(str(run.setting("model.model_name_or_path", words("unknown"))))
+
+
+def data_name(run: RunRecord) -> str:
+    """Return the name of the data, shortened: of files per split, that of the first."""
+    firsts = {id(settings): path for path, settings in reversed(sources(run))}
+    return ", ".join(short_path(path) for path in reversed(firsts.values())) or "?"
+
+
+def sources(run: RunRecord) -> list[tuple[str, dict[str, Any]]]:
+    """List where the rows come from, each with its settings."""
+    listed = run.setting("data.sources")
+    if not isinstance(listed, list):
+        listed = [{"path": run.setting("data.path")}]
+    found = []
+    for source in (item for item in listed if isinstance(item, dict)):
+        path = source.get("path")
+        for part in path.values() if isinstance(path, dict) else [path]:
+            if part is not None:
+                found.append((str(part), source))
+    return found
+
+
+def short_path(path: str) -> str:
+    """Return the end of a long path."""
+    parts = path.rstrip("/").split("/")
+    return path if len(parts) <= PATH_PARTS else "…/" + "/".join(parts[-PATH_PARTS:])
+
+
+def precision(run: RunRecord) -> str:
+    """Return the trainer's precision."""
+    return str(run.setting("trainer.precision", ""))
+
+
+def _schedule(run: RunRecord, words: Words) -> list[tuple[str, str]]:
+    per_epoch = run.record.get("steps_per_epoch")
+    epochs = run.setting("data.epochs")
+    if epochs is None and per_epoch and run.num_steps:
+        epochs = words.number(run.num_steps / per_epoch, 3)
+    rows = run.record.get("num_rows", {})
+    counts = ", ".join(
+        f"{words.known(f'split_{n}', str(n))} {words.number(c)}" for n, c in rows.items()
+    )
+    batch, tokens = run.setting("data.batch_size"), run.setting("data.max_tokens_per_micro_batch")
+    accumulation = words("unknown")
+    if isinstance(batch, int):
+        accumulation = words("batch_whole", rows=batch)
+        if isinstance(tokens, int):
+            accumulation = words("batch_of", rows=batch, tokens=tokens)
+    return [
+        (words("model"), model_name(run, words)),
+        (words("epochs"), _shown(epochs, words)),
+        (words("total_steps"), words.number(run.num_steps) if run.num_steps else words("unknown")),
+        (words("rows_per_split"), counts or words("unknown")),
+        (words("batch_accumulation"), accumulation),
+        (words("max_length"), _shown(run.setting("data.max_length"), words)),
+    ]
+
+
+def _optimization(run: RunRecord, words: Words) -> list[tuple[str, str]]:
+    rate = run.setting("model.optimizer.lr")
+    warmup, ratio = run.setting("model.warmup_steps"), run.setting("model.warmup_ratio")
+    warm = words("warmup_steps", steps=warmup or 0)
+    if ratio is not None:
+        warm = words("warmup_ratio", share=words.share(float(ratio), 0))
+    optimizer = str(run.setting("model.optimizer.class_path", "torch.optim.AdamW"))
+    decay, clip = (
+        run.setting("model.optimizer.weight_decay"),
+        run.setting("trainer.gradient_clip_val"),
+    )
+    about = [words("decay", value=float(decay))] if isinstance(decay, int | float) else []
+    about += [words("clipped_at", value=float(clip))] if clip else []
+    interval = run.setting("trainer.val_check_interval")
+    if isinstance(interval, float) and interval <= 1:
+        interval = words.share(interval, 0)
+    elif isinstance(interval, int):
+        interval = words("every_steps", steps=interval)
+    return [
+        (words("learning_rate"), words.rate(float(rate)) if rate is not None else words("unknown")),
+        (words("scheduler"), f"{_shown(run.setting('model.lr_scheduler'), words)}, {warm}"),
+        (words("optimizer"), ", ".join([optimizer.rsplit(".", 1)[-1], *about])),
+        (words("validation_interval"), _shown(interval, words)),
+        (words("seed"), _shown(run.setting("seed_everything"), words)),
+    ]
+
+
+def _numerics(run: RunRecord, words: Words) -> list[tuple[str, str]]:
+    lowered = [
+        e["to"] for e in run.record.get("events", []) if e.get("kind") == "fallback" and e.get("to")
+    ]
+    told = [
+        *filter(None, [precision(run)]),
+        *(words("lowered_to", precision=str(p)) for p in lowered[-1:]),
+    ]
+    in_force = str(lowered[-1]) if lowered else precision(run)
+    return [
+        (words("precision"), ", ".join(told) or words("unknown")),
+        (words("quantization"), _shown(run.setting("model.quantization"), words, "none")),
+        (words("compute_dtype"), DTYPES.get(in_force[:2], words("unknown"))),
+        (words("checkpointing"), _shown(run.setting("model.gradient_checkpointing"), words, "no")),
+    ]
+
+
+def _adapter(run: RunRecord, words: Words) -> list[tuple[str, str]]:
+    pairs = []
+    if run.setting("model.lora") is None:
+        pairs.append((words("lora"), words("lora_none")))
+    else:
+        targets = run.setting("model.lora.target_modules", words("lora_default_targets"))
+        shown = targets if isinstance(targets, str) else ", ".join(sorted(map(str, targets)))
+        pairs += [
+            (words("lora_r"), _shown(run.setting("model.lora.r"), words)),
+            (words("lora_alpha"), _shown(run.setting("model.lora.lora_alpha"), words)),
+            (words("lora_dropout"), _shown(run.setting("model.lora.lora_dropout"), words)),
+            (words("lora_targets"), shown),
+        ]
+    model = run.record.get("model", {})
+    total, trained = model.get("parameters"), model.get("trained")
+    known = isinstance(total, int) and isinstance(trained, int) and total > 0
+    share = words("unknown")
+    if known:
+        share = words(
+            "trained_of", trained=trained, total=total, share=words.share(trained / total, 2)
+        )
+    return [*pairs, (words("trainable"), share)]
+
+
+def _history(run: RunRecord, words: Words) -> list[tuple[str, str]]:
+    pairs = []
+    for parent in run.record.get("parents", []):
+        told = f"{parent.get('gave')}: {parent.get('run')}/checkpoints/{parent.get('checkpoint')}"
+        pairs.append((words("came_from"), told))
+    for change in run.record.get("changes", []):
+        values = {"before": str(change.get("from")), "after": str(change.get("to"))}
+        where = {"key": str(change.get("key")), "step": str(change.get("step"))}
+        pairs.append((words("changed"), words("changed_at", **where, **values)))
+    return pairs
+
+
+def environment(run: RunRecord, words: Words) -> list[tuple[str, str]]:
+    """List device, versions and commit."""
+    env = run.record.get("environment", {})
+    versions = env.get("packages") if isinstance(env.get("packages"), dict) else {}
+    devices = env.get("devices") if isinstance(env.get("devices"), list) else []
+    pairs = [
+        (words("device"), ", ".join(map(str, devices)) or _shown(run.setting("trainer.accelerator"), words)),
+        (words("strategy"), f"{_shown(run.setting('trainer.strategy'), words)}, {words('devices')} "
+         f"{_shown(env.get('num_devices', run.setting('trainer.devices')), words)}"),
+        (words("python"), _shown(env.get("python"), words)),
+        (words("platform"), _shown(env.get("platform"), words)),
+        (words("packages"), ", ".join(f"{n} {v}" for n, v in versions.items()) or words("unknown")),
+        (words("commit"), _shown(env.get("git_commit"), words)),
+    ]  # fmt: skip
+    return pairs
+
+
+def _shown(value: Any, words: Words, without: str = "unknown") -> str:
+    if value is None:
+        return words(without)
+    if isinstance(value, bool | int | float):
+        return words.number(value)
+    return str(value)
