@@ -7,7 +7,7 @@ all rows are done, ``out.jsonl.unfinished`` (a line per row, in the order they e
 import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,7 +76,7 @@ class OutputFile:
     def open(self) -> None:
         """Say what the results are made from, and get ready to keep them."""
         try:
-            _write_whole(self.record, json.dumps({"identity": self.identity}, indent=1) + "\n")
+            _write_whole(self.record, [json.dumps({"identity": self.identity}, indent=1) + "\n"])
             if self._handle is None:
                 self._lock(create=True)
             assert self._handle is not None
@@ -184,16 +184,20 @@ def output_problems(output: str | None, inputs: list[str]) -> list[str]:
     return []
 
 
-def _write_whole(path: Path, content: Any) -> None:
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
     unwhole = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with open(unwhole, "w", encoding="utf-8") as handle:
-            handle.writelines([content] if isinstance(content, str) else content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        _write_lines(unwhole, lines)
         unwhole.replace(path)
     finally:
         unwhole.unlink(missing_ok=True)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with open(path, "w", encoding="utf-8") as handle:
+        handle.writelines(lines)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _shown(value: Any) -> str:

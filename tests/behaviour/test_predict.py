@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import CommandLine, Outcome, write_rows
+from harness import REPOSITORY, CommandLine, Outcome, write_rows
 from preference_runs import LORA
 from small_models import save_small_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -63,7 +63,9 @@ def generated(folder: Path, prompts: list[str], **options: Any) -> list[str]:
     """The answers of transformers, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    answers, stops = [], model.generation_config.eos_token_id
+    config: Any = model.generation_config
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    answers = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         with torch.no_grad():
@@ -93,6 +95,29 @@ def test_greedy_answers_equal_transformers_and_rows_come_through_as_they_stand(
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("out.jsonl", "out.jsonl.record.json", "questions.jsonl")
     ], "nothing is written but the output and what it was made from"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "quickstart"])
+def test_500_greedy_answers_equal_transformers_row_by_row(
+    command_line: CommandLine,
+    sharp_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: bool,
+) -> None:
+    monkeypatch.chdir(REPOSITORY)  # the quickstart's paths
+    draw, folder = random.Random(0), sharp_folder
+    asked = [row["question"] for row in read(REPOSITORY / "fine_tune/quickstart/test.jsonl")]
+    if trained:
+        fitted = command_line("fit", "--config", REPOSITORY / "configs/quickstart.yaml")
+        folder = fitted.run("quickstart").checkpoint("best")
+    texts = [" ".join(draw.choices(asked, k=1 + i % 5)) for i in range(500)]
+    file = write_rows(tmp_path / "in.jsonl", [{"question": text} for text in texts])
+    output = tmp_path / "out.jsonl"
+    outcome = predict(command_line, *alone(folder, file, output))
+    assert outcome.code == 0, outcome.err
+    assert [row["prediction"] for row in read(output)] == generated(folder, texts)
 
 
 @pytest.mark.parametrize(
