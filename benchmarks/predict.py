@@ -36,21 +36,6 @@ WORDS = [
     *("Berapa", "jumlah", "ibu", "kota", "negara", "provinsi", "tahun", "mata"),
     *("uang", "dari", "yang", "terletak", "di", "adalah"),
 ]
-    "Berapa",
-    "jumlah",
-    "ibu",
-    "kota",
-    "negara",
-    "provinsi",
-    "tahun",
-    "mata",
-    "uang",
-    "dari",
-    "yang",
-    "terletak",
-    "di",
-    "adalah",
-]
 
 
 def make_model(folder: Path, size: str) -> None:

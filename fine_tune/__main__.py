@@ -14,6 +14,10 @@ VERBS = {
         "fine_tune.predict_cli:main",
         "answer the rows of a file, or score them by a reward model",
     ),
+    "chat": (
+        "fine_tune.commands.chat:main",
+        "talk to a run's model in the terminal, beside its base if asked to",
+    ),
     "analyze": (
         "fine_tune.commands.analyze:main",
         "look at the data before training on it: lengths, truncation, duplicates, leakage",

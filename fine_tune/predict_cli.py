@@ -35,6 +35,11 @@ class ModelCLI(SettingsCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_config_callback": None})
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {
+            "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"}
+        }
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         verb, *rest = list(args)
         if not asks_for_help(rest):
@@ -111,11 +116,6 @@ class PredictCLI(ModelCLI):
             default=False,
             help="Replace what lies at the output, finished or not.",
         )
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        return {
-            "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"}
-        }
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         check_trainer(self.settings.trainer)
