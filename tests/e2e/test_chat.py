@@ -19,6 +19,7 @@ from preference_runs import LORA
 from small_models import save_small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fine_tune.commands.chat_model import ChatModel
 from fine_tune.commands.chat_terminal import shown
 from fine_tune.modules.decoding import Answer, Decoder
 from fine_tune.runs.run_folder import RunFolder
@@ -229,16 +230,56 @@ def test_a_conversation_a_comparison_and_ctrl_c_in_a_terminal(
 
 
 def test_once_prints_the_answer_alone(
-    command_line: CommandLine, run: RunFolder, talker: Path
+    command_line: CommandLine, talker: Path, tmp_path: Path
 ) -> None:
-    expected = Expected(run, talker)
-    args = ["--ckpt_path", "last", "--temperature", "0", "--max_new_tokens", "400", "--once"]
-    outcome = command_line("chat", run.path, *args, "Berapa ibu kota")
-    answer = expected.answer([{"role": "user", "content": "Berapa ibu kota"}])
-    assert outcome.code == 0 and outcome.out.strip() == shown(answer)
-    alone = command_line("chat", talker, *args[2:], "Berapa ibu kota", "--compare")
+    """Of a model's folder; without a base there is nothing to compare with."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(talker)
+    args = ["--temperature", "0", "--max_new_tokens", "30", "--once", "Berapa ibu kota"]
+    outcome = command_line("chat", talker, *args)
+    assert outcome.code == 0
+    turns = [{"role": "user", "content": "Berapa ibu kota"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(talker)
+    written = model.generate(**ids, max_new_tokens=30, do_sample=False, pad_token_id=0)[0]
+    answer = written[ids["input_ids"].shape[1] :].tolist()
+    stops = model.generation_config.eos_token_id
+    answer = answer[: next((i for i, token in enumerate(answer) if token in stops), 30)]
+    expected = shown(str(tokenizer.decode(answer, skip_special_tokens=True)).strip())
+    assert outcome.out.strip() == expected
+    alone = command_line("chat", talker, *args, "--compare")
     assert alone.code == 2 and "a model alone has no base" in alone.err
-    missing = command_line("chat", "nope", "--root", run.path, "--once", "a")
+    missing = command_line("chat", "nope", "--root", tmp_path, "--once", "a")
     assert missing.code == 2 and "no run 'nope'" in missing.err
-    wrong = command_line("chat", run.path, "--temperature", "-1", "--once", "a")
+    wrong = command_line("chat", talker, "--temperature", "-1", "--once", "a")
     assert wrong.code == 2 and "temperature: must be 0 or above" in wrong.err
+
+
+def test_a_prompt_run_asks_each_question_alone_in_its_template(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = ["--data.prompt", "Soal: {question}"]
+    run = command_line("fit", *fit_args, *template, "--trainer.max_steps", "2").run()
+    lines = iter(["Berapa 1 + 1?", "Berapa 2 + 2?", "/system Singkat.", "/quit"])
+    asked: list[list[int]] = []
+    stream = ChatModel.stream
+
+    def seen(self: ChatModel, ids: list[int], *args: Any, **kwargs: Any) -> Any:
+        asked.append(ids)
+        return stream(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(ChatModel, "stream", seen)
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    outcome = command_line("chat", run.path, "--max_new_tokens", "3")
+    assert outcome.code == 0, outcome.err
+    tokenizer: Any = AutoTokenizer.from_pretrained(run.checkpoint("last"))
+    assert [tokenizer.decode(ids) for ids in asked] == [
+        "Soal: Berapa 1 + 1?",
+        "Soal: Berapa 2 + 2?",
+    ]
+    assert "each question alone" in outcome.err and "no system message" in outcome.err
+    compared = command_line(
+        *("chat", run.path, "--once", "Berapa 1 + 1?", "--max_new_tokens", "3", "--compare")
+    )
+    assert compared.code == 0, compared.err
+    assert "before this run" in compared.out and "after it" in compared.out

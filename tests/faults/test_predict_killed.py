@@ -15,7 +15,7 @@ from harness import CommandLine, write_rows
 
 from fine_tune.output_file import OutputFile, _write_lines
 
-NUM_ROWS = 120
+NUM_ROWS = 60
 
 
 def start(args: list[str]) -> "subprocess.Popen[str]":
@@ -47,11 +47,11 @@ def test_killed_and_stopped_it_goes_on_to_the_same_file(
     unfinished = tmp_path / "out.jsonl.unfinished"
     args = [
         *("--model.model_name_or_path", str(model_folder), "--data.predict_path", str(file)),
-        *("--sampling.temperature", "1", "--sampling.max_new_tokens", "24"),
-        *("--data.max_tokens_per_micro_batch", "10"),  # a row or two at a time: slow enough
+        *("--sampling.temperature", "1", "--sampling.max_new_tokens", "16"),
     ]
-    process = start([*args, "--output", str(output)])
-    wait_for_rows(unfinished, 20)
+    slow = ["--data.max_tokens_per_micro_batch", "4"]  # a row at a time; changes no answer
+    process = start([*args, *slow, "--output", str(output)])
+    wait_for_rows(unfinished, 10)
     process.send_signal(signal.SIGSTOP)
     second = command_line("predict", *args, "--output", output)
     assert second.code == 2 and "another process is writing" in second.err
@@ -68,7 +68,7 @@ def test_killed_and_stopped_it_goes_on_to_the_same_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(OutputFile, "keep", keep_and_stop)
-        stopped = command_line("predict", *args, "--output", output)
+        stopped = command_line("predict", *args, *slow, "--output", output)
     assert stopped.code == 143
     assert f"{killed_at} of {NUM_ROWS} rows are done already: going on" in stopped.out
     assert "rows are kept; the same command goes on from there" in stopped.out
