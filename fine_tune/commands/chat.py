@@ -80,8 +80,9 @@ def chat(own: argparse.Namespace) -> None:
         model = load_chat_model(own.run, own.model, own.ckpt_path, own.root)
         if own.compare:
             model.load_base()
+    from fine_tune.commands.chat_output import shown
     from fine_tune.commands.chat_session import Session
-    from fine_tune.commands.chat_terminal import Terminal, shown
+    from fine_tune.commands.chat_terminal import Terminal
 
     positions = model.positions
     values["max_new_tokens"] = own.max_new_tokens or min(MAX_NEW_TOKENS, (positions or 2**31) // 2)

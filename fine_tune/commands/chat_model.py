@@ -1,6 +1,5 @@
 """A run's model for a conversation: its weights, how its prompts are written, and what it can be compared with."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, chdir, nullcontext
@@ -14,16 +13,22 @@ from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.callbacks.stop_signals import StopRequest
 from fine_tune.commands.explain_step import find_run
 from fine_tune.data.encode import Encoder
-from fine_tune.data.formats import PREFERENCE, Templates, detect_format, template_fields
+from fine_tune.data.formats import Templates, template_fields
 from fine_tune.data.predict_loader import predict_plan
 from fine_tune.data.predict_rows import PredictItem, PredictRows
-from fine_tune.data.prompts import CHAT_FORMATS, asked, asked_segments, stop_ids
+from fine_tune.data.prompts import (
+    CHAT_FORMATS,
+    asked,
+    asked_segments,
+    stop_ids,
+    trained_format,
+)
 from fine_tune.errors import UserError
+from fine_tune.model_cli import ModelCLI
 from fine_tune.modules.decoding import Answer, Decoder
 from fine_tune.modules.precision import lowered
 from fine_tune.modules.prediction import generation_stops
 from fine_tune.modules.weights import load_weights, restore_weights
-from fine_tune.predict_cli import ModelCLI
 from fine_tune.runs.run_folder import RECORD
 from fine_tune.sampling import Sampling
 from fine_tune.settings_cli import run_cli
@@ -250,29 +255,10 @@ def _how_asked(data: Any) -> tuple[Kind, str, Templates]:
     """Say how a run's rows ask: by its settings, else by the fields of its first training row."""
     source = data.sources[0]
     templates = source.templates
-    first = _first_row(source)
-    if templates.format == PREFERENCE:
-        is_chat = any(isinstance(first.get(name), list) for name in ("prompt", "chosen"))
-        if templates.prompt is None and is_chat:
-            return "messages", "messages", templates
-        return "prompt", PREFERENCE, templates
-    try:
-        format_name = detect_format(list(first), templates, source.label)
-    except UserError:
-        chats = bool(data.tokenizer.chat_template)
+    format_name = trained_format(source)
+    if format_name is None:
         log.info("the run's rows cannot be looked at: how they ask is taken from the tokenizer")
-        format_name = "messages" if chats else "text"
+        format_name = "messages" if data.tokenizer.chat_template else "text"
     if format_name in CHAT_FORMATS:
         return "messages", "messages", templates
     return ("text" if format_name == "text" else "prompt"), format_name, templates
-
-
-def _first_row(source: Any) -> dict[str, Any]:
-    path = source.path if isinstance(source.path, str) else next(iter(source.path.values()))
-    try:
-        with open(path, encoding="utf-8-sig") as handle:
-            if Path(path).suffix == ".csv":
-                return dict.fromkeys(next(handle).strip().split(","))
-            return dict(json.loads(next(handle)))
-    except (OSError, ValueError, StopIteration, TypeError):
-        return {"text": ""} if Path(path).suffix == ".txt" else {}

@@ -17,10 +17,12 @@ from fine_tune.data.options import Options
 from fine_tune.data.parts import MAX_ROW_ERRORS
 from fine_tune.data.prompts import (
     CHAT_FORMATS,
+    USER_TURN,
     asked,
     asked_segments,
     prompt_format,
     stop_ids,
+    trained_format,
 )
 from fine_tune.data.scored import scored_answers
 from fine_tune.data.sources import Source, fingerprint, locate_row, read_source
@@ -219,6 +221,9 @@ def _fitting_source(
         except UserError as error:
             problems += error.problems
             continue
+        alone = "prompt" in columns and not {"messages", "chosen"} & set(columns)
+        if alone and trained_format(source) in CHAT_FORMATS:
+            format_name = USER_TURN
         missing = [] if format_name == PREFERENCE else list(_missing(here, format_name, columns))
         if not missing:
             note = f"rows are asked as those of {source.label}" if len(sources) > 1 else ""
@@ -235,6 +240,7 @@ def _missing(source: Source, format_name: str, columns: list[str]) -> Iterator[s
         "alpaca": ["instruction"],
         "text": ["text"],
         "prompt_completion": ["prompt"],
+        USER_TURN: ["prompt"],
     }
     names = wanted[format_name]
     if format_name == "prompt_completion" and source.prompt is not None:

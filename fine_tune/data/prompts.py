@@ -1,5 +1,7 @@
 """A raw row -> what a model is asked: the prompt half of ``formats.py`` and ``encode.py``. No answer is needed."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from fine_tune.data.encode import Encoder, Segment
@@ -10,14 +12,17 @@ from fine_tune.data.formats import (
     Row,
     RowError,
     Templates,
+    detect_format,
     field_text,
     fill,
 )
 from fine_tune.data.preferences import common_prompt
+from fine_tune.data.sources import Source
 from fine_tune.errors import UserError
 
 STANDS_FOR_AN_ANSWER = "?"
 CHAT_FORMATS = ("messages", "sharegpt")
+USER_TURN = "user_turn"  # a prompt, for a model that was trained on conversations
 
 
 def prompt_format(columns: list[str], templates: Templates, where: str) -> str:
@@ -47,6 +52,24 @@ def prompt_format(columns: list[str], templates: Templates, where: str) -> str:
     )
 
 
+def trained_format(source: Source) -> str | None:
+    """Name the format a run's rows were read in, by its settings or by its first training row where that is at hand.
+
+    Pairs of conversations count as ``messages``.
+    """
+    templates = source.templates
+    given = templates.prompt is not None or templates.completion is not None
+    if templates.format == PREFERENCE:
+        first = {} if given else _first_row(source)
+        in_turns = any(isinstance(first.get(name), list) for name in ("prompt", "chosen"))
+        return "messages" if in_turns else PREFERENCE
+    try:
+        fields = [] if given or templates.format is not None else list(_first_row(source))
+        return detect_format(fields, templates, source.label)
+    except UserError:
+        return None
+
+
 def asked(row: Row, format_name: str, templates: Templates) -> Example:
     """Return what a row asks: a ``prompt``, a ``text`` to go on with, or ``messages`` that an answer follows.
 
@@ -55,6 +78,9 @@ def asked(row: Row, format_name: str, templates: Templates) -> Example:
     Raises:
         RowError: A field of the prompt is missing or of the wrong kind.
     """
+    if format_name == USER_TURN:
+        turns = [{"role": "user", "content": _prompt(row)}]
+        return asked({"messages": turns, "tools": row.get("tools")}, "messages", templates)
     if format_name == PREFERENCE:
         return _asked_of_pair(row, templates)
     if format_name in CHAT_FORMATS:
@@ -129,7 +155,8 @@ def _asked_of_pair(row: Row, templates: Templates) -> Example:
     if isinstance(prompt, list):
         return asked({"messages": prompt, "tools": row.get("tools")}, "messages", templates)
     if isinstance(chosen, list):
-        turns = [{"role": "user", "content": prompt}, *chosen] if prompt is not None else chosen
+        before = [] if prompt is None else [{"role": "user", "content": prompt}]
+        turns = [*before, *chosen]
         return asked({"messages": turns, "tools": row.get("tools")}, "messages", templates)
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
         return {"prompt": common_prompt(chosen, rejected)}
@@ -146,3 +173,17 @@ def _without_answer(turns: list[Any]) -> list[Any]:
         last.get("role") == "assistant" or last.get("from") in ("gpt", "assistant")
     )
     return turns[:-1] if answered else turns
+
+
+def _first_row(source: Source) -> dict[str, Any]:
+    path = source.path if isinstance(source.path, str) else next(iter(source.path.values()))
+    try:
+        with open(path, encoding="utf-8-sig") as handle:
+            if Path(path).suffix == ".txt":
+                return {"text": ""}
+            line = next(handle)
+            if Path(path).suffix == ".csv":
+                return dict.fromkeys(line.strip().split(","))
+            return dict(json.loads(line))
+    except (OSError, ValueError, StopIteration, TypeError):
+        return {}

@@ -263,13 +263,18 @@ def test_a_conversation_is_answered_behind_its_last_question(
     rows = write_rows(tmp_path / "in.jsonl", [{"messages": ask}, {"messages": answered}])
     output = tmp_path / "out.jsonl"
     args = alone(sharp_folder, rows, output)
-    without_prompt = [arg for arg in args if arg not in ("--data.prompt", "{question}")]
-    outcome = predict(command_line, *without_prompt)
+    args = [arg for arg in args if arg not in ("--data.prompt", "{question}")]
+    outcome = predict(command_line, *args)
     assert outcome.code == 0, outcome.err
     tokenizer = AutoTokenizer.from_pretrained(sharp_folder)
     prompt = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
     (expected,) = generated(sharp_folder, [prompt])
     assert [row["prediction"] for row in read(output)] == [expected, expected]
+    # a model that was trained on conversations takes a prompt for what its user says
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": "Apa ibu kota Indonesia?"}])
+    args = [*args, "--data.path", rows, "--data.predict_path", plain, "--overwrite", "true"]
+    assert predict(command_line, *args).code == 0
+    assert [row["prediction"] for row in read(output)] == [expected]
 
 
 def test_a_long_prompt_loses_its_beginning_and_the_row_says_so(

@@ -20,7 +20,7 @@ from small_models import save_small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fine_tune.commands.chat_model import ChatModel
-from fine_tune.commands.chat_terminal import shown
+from fine_tune.commands.chat_output import shown
 from fine_tune.modules.decoding import Answer, Decoder
 from fine_tune.runs.run_folder import RunFolder
 from fine_tune.sampling import Sampling

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fine_tune.commands.chat_output import TokenText, shown, side_by_side
 from fine_tune.commands.chat_session import Exchange, Session
-from fine_tune.commands.chat_terminal import TokenText, shown, side_by_side
 from fine_tune.errors import UserError
 from fine_tune.sampling import Sampling
 
