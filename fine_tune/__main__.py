@@ -10,6 +10,14 @@ VERBS = {
     "fit": ("fine_tune.cli:main", "train a model from a YAML, then validate its best weights"),
     "validate": ("fine_tune.cli:main", "measure a checkpoint on the validation split"),
     "test": ("fine_tune.cli:main", "measure a checkpoint on the test split"),
+    "predict": (
+        "fine_tune.predict_cli:main",
+        "answer the rows of a file, or score them by a reward model",
+    ),
+    "chat": (
+        "fine_tune.commands.chat:main",
+        "talk to a run's model in the terminal, beside its base if asked to",
+    ),
     "analyze": (
         "fine_tune.commands.analyze:main",
         "look at the data before training on it: lengths, truncation, duplicates, leakage",

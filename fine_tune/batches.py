@@ -41,6 +41,18 @@ class PreferenceBatch(TypedDict):
     row_ids: list[int]
 
 
+class PredictBatch(TypedDict):
+    """Rows to answer or to score, longest first, whole and without padding: the module decides how many fit at once.
+
+    ``items`` are the rows' places in the data module's list. ``ids`` holds the tokens of each, as arrays on the host.
+    """
+
+    items: list[int]
+    ids: list[Any]
+    lengths: list[int]
+    stop_ids: list[int]
+
+
 @dataclass(frozen=True)
 class Choice:
     """A setting the user left open, the value a rule gives it, and why."""

@@ -14,6 +14,8 @@ NOT_ACTIONABLE = (
     r".*when logging on epoch level in distributed setting.*",  # torchmetrics has reduced them
     r".*LightningCLI's args parameter is intended.*",
     r".*does not have many workers.*",
+    r".*callbacks used to create the checkpoint need to be provided.*",  # to go on training
+    r".*predict returned None.*",  # results are written as they come
     r".*Total length of `list` across ranks is zero.*",  # no validation rows, as asked
     r".*smaller than the logging interval.*",
     r".*exists and is not empty.*",

@@ -1,7 +1,7 @@
 """The settings of fit, validate and test: parsed, and held against all that needs no weights."""
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -55,6 +55,8 @@ class SettingsCLI(LightningCLI):
     Args:
         stop: Where this process listens for signals.
     """
+
+    groups: ClassVar[dict[str, type]] = {}  # a verb's own settings, by section
 
     def __init__(self, *args: Any, stop: StopRequest, **kwargs: Any) -> None:
         self.stop, self.verb = stop, str(kwargs["args"][0])
@@ -116,6 +118,8 @@ class SettingsCLI(LightningCLI):
         )
         for key, callback in FORCED_CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
+        for key, group in self.groups.items():
+            parser.add_class_arguments(group, key)
         parser.link_arguments(
             ("model.init_args.tokenizer", "model.init_args.model_name_or_path"),
             "data.init_args.tokenizer",
@@ -127,7 +131,7 @@ class SettingsCLI(LightningCLI):
         """Check every setting with its place first, then let LightningCLI parse."""
         verb, *rest = self.args_given = list(args)
         if not asks_for_help(rest):
-            classes = {"trainer": Trainer, **FORCED_CALLBACKS}
+            classes = {"trainer": Trainer, **FORCED_CALLBACKS, **self.groups}
             check_settings(rest, self._parser(verb), classes)
         rest, templates = take_templates(rest)
         self.config = parser.parse_args([verb, *rest])
@@ -174,6 +178,7 @@ class SettingsCLI(LightningCLI):
             "data",
             "model",
             *FORCED_CALLBACKS,
+            *self.groups,
         ):  # alone first, so that all mistakes are shown
             alone = Namespace({key: self.settings[key]})
             try:

@@ -45,6 +45,7 @@ class SFTData(StepData):
         cache_dir: Where prepared tokens are kept. None: ``.cache`` beside the runs.
         tokenizer: Folder or hub name; set from the model's by the command line.
         tokenizer_revision: Its revision on the hub; set likewise.
+        predict_path: Rows that ``predict`` answers, a path like ``path``; only the prompt's fields are needed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class SFTData(StepData):
         cache_dir: str | None = None,
         tokenizer: str | None = None,
         tokenizer_revision: str | None = None,
+        predict_path: str | None = None,
     ) -> None:
         listed = listed_sources(path, sources, format, prompt, completion, revision)
         sizes = {
@@ -119,6 +121,7 @@ class SFTData(StepData):
                 cache_dir=cache_dir,
                 tokenizer=tokenizer,
                 tokenizer_revision=tokenizer_revision,
+                predict_path=predict_path,
             ),
         )
 
@@ -160,6 +163,7 @@ class PreferenceData(StepData):
         cache_dir: Where prepared tokens are kept. None: ``.cache`` beside the runs.
         tokenizer: Folder or hub name; set from the model's by the command line.
         tokenizer_revision: Its revision on the hub; set likewise.
+        predict_path: Rows that ``predict`` answers, or scores by a reward model, a path like ``path``.
     """
 
     def __init__(
@@ -188,6 +192,7 @@ class PreferenceData(StepData):
         cache_dir: str | None = None,
         tokenizer: str | None = None,
         tokenizer_revision: str | None = None,
+        predict_path: str | None = None,
     ) -> None:
         listed = pair_sources(path, sources, prompt, chosen, rejected, revision)
         sizes = {
@@ -233,5 +238,6 @@ class PreferenceData(StepData):
                 cache_dir=cache_dir,
                 tokenizer=tokenizer,
                 tokenizer_revision=tokenizer_revision,
+                predict_path=predict_path,
             ),
         )

@@ -104,7 +104,7 @@ def check_templates(templates: Templates, columns: list[str], where: str) -> Non
         )
     problems = []
     for key, template in given.items():
-        for name in _template_fields(template, f"data.{key}"):
+        for name in template_fields(template, f"data.{key}"):
             if name not in columns:
                 problems.append(
                     f"{where}: data.{key} wants the field '{name}', the rows have {sorted(columns)}"
@@ -249,7 +249,12 @@ def check_roles(roles: list[str]) -> None:
         raise RowError("no assistant turn, so nothing to learn")
 
 
-def _template_fields(template: str, key: str) -> list[str]:
+def template_fields(template: str, key: str) -> list[str]:
+    """Return the names of the fields in a template, which the setting ``key`` gave.
+
+    Raises:
+        UserError: It is malformed.
+    """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:

@@ -17,6 +17,8 @@ from fine_tune.data.choices import LENGTH_LIMIT, choose
 from fine_tune.data.encode_rows import column, token_counts
 from fine_tune.data.options import Options
 from fine_tune.data.origins import data_content, locate_rows
+from fine_tune.data.predict_loader import PredictLoader, predict_plan
+from fine_tune.data.predict_rows import PredictRows, read_predict_rows
 from fine_tune.data.prepare import prepare
 from fine_tune.data.sealed import SEALED, SealedTest
 from fine_tune.data.sources import Source
@@ -45,6 +47,7 @@ class LoaderSettings:
     cache_dir: str | None
     tokenizer: str | None
     tokenizer_revision: str | None
+    predict_path: str | None
 
 
 class StepData(LightningDataModule):
@@ -56,7 +59,8 @@ class StepData(LightningDataModule):
         collator: Makes a batch of encoded rows, given the id that pads them.
         columns: What it needs of a row.
         settings: ``batch_size``, ``max_tokens_per_micro_batch``, ``epochs``, ``eval_batch_size``, ``num_workers``,
-            ``seed``, ``cache_dir``, ``tokenizer``, ``tokenizer_revision``, as the subclass documents them.
+            ``seed``, ``cache_dir``, ``tokenizer``, ``tokenizer_revision``, ``predict_path``, as the subclass documents
+            them.
     """
 
     def __init__(
@@ -83,6 +87,9 @@ class StepData(LightningDataModule):
         self._plan: DataPlan | None = None
         self._test_rows: Dataset | None = None
         self._fitting = False
+        self.predict_path = settings.predict_path
+        self.predict_rows: PredictRows | None = None
+        self.rows_done: set[int] = set()  # of the rows to predict: the command line knows them
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -126,7 +133,7 @@ class StepData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read, split and tokenize, or open the cache: before weights load and before processes start."""
-        if self._prepared is None:
+        if self._prepared is None and self.predict_rows is None:
             self._prepared = prepare(self.sources, self.tokenizer, self.options, self.cache_dir)
 
     def setup(self, stage: str) -> None:
@@ -135,6 +142,8 @@ class StepData(LightningDataModule):
         Raises:
             UserError: The test split was asked for while training goes on.
         """
+        if stage == "predict":
+            return
         self._plan = self.make_plan(self.trainer.max_steps if self.trainer is not None else -1)
         if stage == "test":
             if self._fitting:
@@ -148,6 +157,8 @@ class StepData(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Close the test split again; fit's last step is behind when it comes here."""
+        if stage == "predict":
+            return
         self._test_rows = None
         if stage == "fit":
             self._fitting = False
@@ -269,6 +280,30 @@ class StepData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self._evaluation_loader("test")
+
+    def read_predict_rows(self, max_length: int | None, max_new_tokens: int | None) -> PredictRows:
+        """Read ``predict_path``, and plan for it alone: no other row is prepared.
+
+        Args:
+            max_length: Positions of the model; None for no limit.
+            max_new_tokens: Tokens an answer may have; None where answers are scored.
+        """
+        assert self.predict_path is not None, "the command line asks for it"
+        self.predict_rows = read_predict_rows(
+            self.predict_path,
+            self.sources,
+            self.options,
+            self.tokenizer,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+        )
+        tokens = self.max_tokens_per_micro_batch
+        self._plan = predict_plan(self.predict_rows, max_new_tokens or 0, tokens)
+        return self.predict_rows
+
+    def predict_dataloader(self) -> PredictLoader:
+        assert self.predict_rows is not None, "read_predict_rows() comes first"
+        return PredictLoader(self.predict_rows, self.rows_done)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         batches = evaluation_batches(

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fine_tune.batches import DataPlan, StepFailure, data_of, plan_of
+from fine_tune.batches import DataPlan, PredictBatch, StepFailure, data_of, plan_of
 from fine_tune.errors import UserError
 from fine_tune.models import Head
 from fine_tune.modules.changed_settings import follow_settings, step_settings
@@ -31,6 +31,7 @@ from fine_tune.modules.metrics import TokenMetrics
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
 from fine_tune.modules.precision import follow_precision
+from fine_tune.modules.prediction import Predicting, write_answers
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.step_log import Throughput, log_step
 from fine_tune.modules.weights import (
@@ -131,6 +132,7 @@ class StepModule(LightningModule):
         self.step_precision: str | None = None
         self.keeps_state = False
         self.failure_handlers: dict[str, Callable[[StepFailure], bool]] = {}
+        self.predicting = Predicting()
 
     # ---- what a subclass says
 
@@ -302,6 +304,9 @@ class StepModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         log_evaluation(self, "test")
+
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> None:
+        write_answers(self, batch)
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]

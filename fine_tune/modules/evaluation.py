@@ -17,21 +17,31 @@ if TYPE_CHECKING:
 log = logging.getLogger("fine_tune")
 
 
-def in_parts(module: "StepModule", batch: Any, take: Callable[[Any], None]) -> None:
+def in_parts(
+    module: "StepModule",
+    batch: Any,
+    take: Callable[[Any], None],
+    *,
+    take_rows: Callable[[Any, slice], Any] | None = None,
+    row_ids: list[int] | None = None,
+) -> None:
     """Take the rows of a batch, longest first, in parts that fit the device, each of them once.
 
     Args:
         module: Cuts the batch; a part that does not fit goes to its guards.
         batch: Any batch of its kind.
         take: Gets each part; it changes nothing before its last computation.
+        take_rows: Cuts a batch of another kind.
+        row_ids: Its rows.
     """
     start, lengths = 0, batch["lengths"]
+    take_rows, row_ids = take_rows or module.take_rows, row_ids or batch["row_ids"]
     while start < len(lengths):
         first = cut_by_tokens(lengths[start:], module.max_tokens_per_micro_batch)[0]
         rows, out_of_memory = slice(start, start + first.stop), False
         try:
             with lowered(module.step_precision, module.device):
-                take(module.take_rows(batch, rows))
+                take(take_rows(batch, rows))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -44,7 +54,7 @@ def in_parts(module: "StepModule", batch: Any, take: Callable[[Any], None]) -> N
                 "out_of_memory",
                 "evaluation",
                 module.trainer.global_step,
-                row_ids=list(batch["row_ids"][rows]),
+                row_ids=list(row_ids[rows]),
                 lengths=list(lengths[rows]),
                 rows_at_once=first.stop,
                 tokens_at_once=lengths[start] * first.stop,

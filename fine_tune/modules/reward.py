@@ -10,13 +10,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.batches import DataPlan, PreferenceBatch
+from fine_tune.batches import DataPlan, PredictBatch, PreferenceBatch
 from fine_tune.errors import UserError
 from fine_tune.losses import bradley_terry_loss
 from fine_tune.models import Head
 from fine_tune.modules.base import StepModule
 from fine_tune.modules.metrics import ACCURACY_INTERVAL, PREFERENCE_METRICS, PreferenceMetrics
 from fine_tune.modules.pairs import can_share, pair_inputs, take_pairs
+from fine_tune.modules.prediction import score_answers
 
 REWARD_METRICS = PREFERENCE_METRICS[:4]
 
@@ -76,6 +77,9 @@ class Reward(StepModule):
         loss_B, measured = self._losses(micro_batch)
         self.metrics.update(loss_B, *measured)
 
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> None:
+        score_answers(self, batch, self._rewards)
+
     def check(self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> None:
         """As for any module; and refuse margins that are no numbers."""
         if plan.unread_margins:
@@ -84,6 +88,13 @@ class Reward(StepModule):
                 "leave the field out"
             )
         super().check(plan, tokenizer)
+
+    def _rewards(self, input_ids_BT: Tensor, lasts_B: Tensor) -> Tensor:
+        whole = _whole(self.model)
+        hidden_BTD = whole.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        rows_B = torch.arange(len(lasts_B), device=lasts_B.device)
+        rewards_B: Tensor = whole.score(hidden_BTD[rows_B, lasts_B]).squeeze(-1).float()
+        return rewards_B
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the loss of each pair, and what ``REWARD_METRICS`` names of it."""

@@ -30,6 +30,7 @@ FREE = {
         "path", "sources", "revision", "cache_dir", "tokenizer", "tokenizer_revision", "epochs",
         "format", "prompt", "completion", "chosen", "rejected",
         "max_tokens_per_micro_batch", "eval_batch_size", "num_workers", "near_duplicates", "empty_completions",
+        "predict_path",
     },
     "lora": set(PEFTS_OWN),
     "optimizer": {"params", "foreach", "fused", "capturable", "differentiable"},
