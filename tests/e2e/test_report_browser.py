@@ -65,8 +65,10 @@ def check(browser: Any, file: Path, shots: Path, needles: tuple[str, ...] = ()) 
                 full_page=True,
             )
             page.close()
-    page = browser.new_page()
+    page = browser.new_page(viewport={"width": 688, "height": 1000})  # A4 within its margins
+    page.emulate_media(media="print")
     page.goto(file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 688
     assert page.pdf(format="A4")[:5] == b"%PDF-"
     page.close()
 
@@ -105,7 +107,12 @@ def test_the_quickstarts_of_sft_and_dpo(browser: Any, tmp_path: Path) -> None:
     dpo = fit(tmp_path, "--config", "configs/quickstart_dpo.yaml", *model, "--report", "id")
     assert dpo.returncode == 0, dpo.stderr
     second = tmp_path / "lightning_logs" / "quickstart_dpo" / "version_0"
-    check(browser, second / "report.html", tmp_path, ("Jawaban sebelum dan sesudah", "log-odds", "Berasal dari"))
+    check(
+        browser,
+        second / "report.html",
+        tmp_path,
+        ("Jawaban sebelum dan sesudah", "log-odds", "Berasal dari"),
+    )
     subprocess.run(
         [sys.executable, "-m", "fine_tune", "report", first, second], cwd=REPOSITORY, check=True
     )
