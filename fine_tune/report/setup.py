@@ -144,7 +144,7 @@ def _adapter(run: RunRecord, words: Words) -> list[tuple[str, str]]:
         pairs.append((words("lora"), words("lora_none")))
     else:
         targets = run.setting("model.lora.target_modules", words("lora_default_targets"))
-        shown = targets if isinstance(targets, str) else ", ".join(sorted(map(str, targets)))
+        shown = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
         pairs += [
             (words("lora_r"), _shown(run.setting("model.lora.r"), words)),
             (words("lora_alpha"), _shown(run.setting("model.lora.lora_alpha"), words)),
