@@ -14,7 +14,7 @@ def analysis_of(run: RunRecord) -> Analysis:
     """Analyse a run's curves."""
     found, listed = events(run), run.record.get("events", [])
     broke = [e.get("step") for e in listed if e.get("kind") == "fallback" and not e.get("to")]
-    clip = run.setting("trainer.gradient_clip_val")
+    clip = run.number("trainer.gradient_clip_val")
     return analyse(
         Evidence(
             train=run.curve("train/loss"),
@@ -28,7 +28,7 @@ def analysis_of(run: RunRecord) -> Analysis:
                 run.curve("val/rewards_accuracy_high"),
             ),
             stopped_step=broke[-1] if broke and isinstance(broke[-1], int) else None,
-            clip=float(clip) if isinstance(clip, int | float) else None,
+            clip=clip,
         )
     )
 

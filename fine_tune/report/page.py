@@ -29,8 +29,7 @@ def page_of(
         grid: Grams of CO2e per kWh, where given.
     """
     found = findings.analysis_of(run)
-    given = run.setting("grid_gco2e_per_kwh")
-    grid = grid if grid is not None else float(given) if isinstance(given, int | float) else None
+    grid = grid if grid is not None else run.number("grid_gco2e_per_kwh")
     sections = [
         findings.conclusion(run, found, words),
         findings.analysis(found, words),

@@ -14,7 +14,7 @@ from fine_tune.runs.run_folder import RECORD
 from fine_tune.runs.run_lock import is_owned
 
 METRICS, CONFIG, AUDIT, ANSWERS = "metrics.csv", "config.yaml", "data.json", "generations.jsonl"
-LISTS = ("results", "events", "starts", "commands", "changes", "parents", "checkpoints")
+LISTS = ("results", "events", "starts", "commands", "changes", "parents", "test_openings")
 MAPPINGS = ("environment", "num_rows", "num_tokens", "num_supervised", "model", "energy")
 NUMBERS = ("step", "num_steps", "steps_per_epoch", "seconds", "best_step", "best_score")
 
@@ -100,6 +100,11 @@ class RunRecord:
             value = value.get(part, inner.get(part) if isinstance(inner, dict) else None)
         return default if value is None else value
 
+    def number(self, key: str) -> float | None:
+        """Return a setting that has to be a number; None where it is not."""
+        value = self.setting(key)
+        return value if is_number(value) else None
+
     def results(self, split: str) -> list[dict[str, Any]]:
         """Return what was measured of a split after training, oldest first."""
         found = []
@@ -109,6 +114,11 @@ class RunRecord:
                 numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
                 found.append({**result, "metrics": numbers})
         return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def read_run(path: Path) -> RunRecord:
@@ -157,8 +167,8 @@ def read_run(path: Path) -> RunRecord:
 def _typed(record: dict[str, Any]) -> dict[str, Any]:
     """Keep the entries that are of the type a run writes."""
     kinds: dict[str, Any] = {name: list for name in LISTS} | {name: dict for name in MAPPINGS}
-    kinds |= {name: (int, float) for name in NUMBERS}
     kept = {k: v for k, v in record.items() if isinstance(v, kinds.get(k, object))}
+    kept = {k: v for k, v in kept.items() if k not in NUMBERS or is_number(v)}
     for name in kept.keys() & set(LISTS):
         kept[name] = [item for item in kept[name] if isinstance(item, dict)]
     return kept

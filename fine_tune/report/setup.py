@@ -99,28 +99,24 @@ def _schedule(run: RunRecord, words: Words) -> list[tuple[str, str]]:
 
 
 def _optimization(run: RunRecord, words: Words) -> list[tuple[str, str]]:
-    rate = run.setting("model.optimizer.lr")
-    warmup, ratio = run.setting("model.warmup_steps"), run.setting("model.warmup_ratio")
-    warm = words("warmup_steps", steps=warmup or 0)
+    rate, clip = run.number("model.optimizer.lr"), run.number("trainer.gradient_clip_val")
+    ratio, decay = run.number("model.warmup_ratio"), run.number("model.optimizer.weight_decay")
+    warm = words("warmup_steps", steps=run.setting("model.warmup_steps", 0))
     if ratio is not None:
-        warm = words("warmup_ratio", share=words.share(float(ratio), 0))
+        warm = words("warmup_ratio", share=words.share(ratio, 0))
     optimizer = str(run.setting("model.optimizer.class_path", "torch.optim.AdamW"))
-    decay, clip = (
-        run.setting("model.optimizer.weight_decay"),
-        run.setting("trainer.gradient_clip_val"),
-    )
-    about = [words("decay", value=float(decay))] if isinstance(decay, int | float) else []
+    about = [words("decay", value=float(decay))] if decay is not None else []
     about += [words("clipped_at", value=float(clip))] if clip else []
-    interval = run.setting("trainer.val_check_interval")
-    if isinstance(interval, float) and interval <= 1:
-        interval = words.share(interval, 0)
-    elif isinstance(interval, int):
-        interval = words("every_steps", steps=interval)
+    interval = run.number("trainer.val_check_interval")
+    validated = words("unknown")
+    if interval is not None:
+        is_share = isinstance(interval, float) and interval <= 1
+        validated = words.share(interval, 0) if is_share else words("every_steps", steps=interval)
     return [
-        (words("learning_rate"), words.rate(float(rate)) if rate is not None else words("unknown")),
+        (words("learning_rate"), words.rate(rate) if rate is not None else words("unknown")),
         (words("scheduler"), f"{_shown(run.setting('model.lr_scheduler'), words)}, {warm}"),
         (words("optimizer"), ", ".join([optimizer.rsplit(".", 1)[-1], *about])),
-        (words("validation_interval"), _shown(interval, words)),
+        (words("validation_interval"), validated),
         (words("seed"), _shown(run.setting("seed_everything"), words)),
     ]
 
@@ -148,7 +144,7 @@ def _adapter(run: RunRecord, words: Words) -> list[tuple[str, str]]:
         pairs.append((words("lora"), words("lora_none")))
     else:
         targets = run.setting("model.lora.target_modules", words("lora_default_targets"))
-        shown = targets if isinstance(targets, str) else ", ".join(sorted(map(str, targets)))
+        shown = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
         pairs += [
             (words("lora_r"), _shown(run.setting("model.lora.r"), words)),
             (words("lora_alpha"), _shown(run.setting("model.lora.lora_alpha"), words)),

@@ -14,7 +14,7 @@ def steps(run: RunRecord, words: Words, every: int | None) -> Section:
     rows = [row for row in run.metrics if "train/loss" in row]
     if not rows:
         return Section("steps", words("steps"), [Sentences([("note", words("no_metrics"))])])
-    logged = int(run.setting("trainer.log_every_n_steps") or 1)
+    logged = max(1, int(run.number("trainer.log_every_n_steps") or 1))
     every = every or interval(len(rows), logged)
     cells, final = [], int(rows[-1]["step"])
     for row in rows:

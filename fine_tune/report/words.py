@@ -34,10 +34,12 @@ class Words:
         """Return the word of a key that may be none of ours."""
         return self.texts.get(key, otherwise)
 
-    def number(self, value: float, digits: int = 4) -> str:
-        """Write a number: whole ones with thousands, others with so many significant digits."""
+    def number(self, value: Any, digits: int = 4) -> str:
+        """Write a number: whole ones with thousands, others with so many significant digits; or what is none."""
         if isinstance(value, bool) or value is None:
             return self("yes" if value else "no")
+        if not isinstance(value, int | float):
+            return str(value)
         if isinstance(value, float) and not math.isfinite(value):
             return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
         whole = isinstance(value, int) or (abs(value) >= 1000 and digits <= 4)
@@ -58,7 +60,7 @@ class Words:
 
     def seconds(self, value: float) -> str:
         """Write a duration."""
-        if value < 10:
+        if not 10 <= value < 1e9:
             return f"{self.localized(f'{value:.2g}')} {self('unit_s')}"
         minutes, rest = divmod(round(value), 60)
         hours, minutes = divmod(minutes, 60)

@@ -65,8 +65,10 @@ def check(browser: Any, file: Path, shots: Path, needles: tuple[str, ...] = ()) 
                 full_page=True,
             )
             page.close()
-    page = browser.new_page()
+    page = browser.new_page(viewport={"width": 688, "height": 1000})  # A4 within its margins
+    page.emulate_media(media="print")
     page.goto(file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 688
     assert page.pdf(format="A4")[:5] == b"%PDF-"
     page.close()
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import random
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from fine_tune.report.record import read_run
+from fine_tune.report.write import write_comparison, write_report
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -75,3 +78,128 @@ def test_running_is_only_said_while_somebody_runs_it(tmp_path: Path) -> None:
     assert read_run(tmp_path).status == "running"
     (tmp_path / ".owner.json").write_text(json.dumps({**owner, "started": 0}))
     assert read_run(tmp_path).status == "killed"
+
+
+JUNK = (None, -1, 2.5, float("nan"), "x", "", [], {}, [1, "a"], {"a": 1}, True, 10**30)
+
+
+def spoiled(value: Any, draw: random.Random) -> Any:
+    """Replace one value, somewhere in a nest of them."""
+    if isinstance(value, dict) and value and draw.random() < 0.9:
+        key = draw.choice(sorted(value))
+        return {**value, key: spoiled(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.9:
+        at = draw.randrange(len(value))
+        return [*value[:at], spoiled(value[at], draw), *value[at + 1 :]]
+    return draw.choice(JUNK)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_files_with_wrong_values_in_them_still_give_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    for place in ("curves", "compare"):
+        monkeypatch.setattr(f"fine_tune.report.{place}.draw", lambda _: "<svg></svg>")
+    draw = random.Random(seed)
+    for name, value in FILES.items():
+        for _ in range(draw.randint(0, 12)):
+            value = spoiled(value, draw)
+        (tmp_path / name).write_text(json.dumps(value))
+    (tmp_path / "metrics.csv").write_text(
+        "step,train/loss,val/loss,lr\n1,2.0,,1e-3\n2,1.0,1.5,1e-3\n"
+    )
+    (tmp_path / "generations.jsonl").write_text(json.dumps(spoiled(ANSWER, draw)) + "\n")
+    page = write_report(tmp_path)
+    assert page.read_text().rstrip().endswith("</html>")
+    assert write_comparison([tmp_path, tmp_path]).read_text().rstrip().endswith("</html>")
+
+
+ANSWER = {
+    "stage": "after x",
+    "row_id": 3,
+    "prompt": "p",
+    "expected": "e",
+    "answer": "a",
+    "log_odds": 1.5,
+}
+LENGTHS = {"mean": 5.0, "median": 5.0, "p95": 9.0, "max": 9}
+FILES: dict[str, Any] = {
+    "run.json": {
+        "status": "finished",
+        "step": 2,
+        "num_steps": 2,
+        "steps_per_epoch": 2,
+        "seconds": 3.5,
+        "num_rows": {"train": 5, "test": 2},
+        "num_tokens": {"train": 50},
+        "model": {"parameters": 100, "trained": 10},
+        "environment": {
+            "python": "3",
+            "packages": {"torch": "2"},
+            "devices": ["x"],
+            "num_devices": 1,
+        },
+        "starts": [{"from_step": 0}, {"from_step": 1}],
+        "commands": [{"command": ["fit", "--x"], "directory": "."}],
+        "events": [{"step": 1, "kind": "fallback", "to": "32-true"}, {"step": 2, "kind": "y"}],
+        "changes": [{"step": 1, "key": "k", "from": 1, "to": 2}],
+        "parents": [{"gave": "weights", "run": "r", "checkpoint": "c"}],
+        "results": [
+            {
+                "split": split,
+                "time": "2026-01-01T00:00:00",
+                "checkpoint": "c",
+                "metrics": {f"{short}/loss": 1.0, f"{short}/exact_match": 0.5},
+                "intervals": {f"{short}/loss": [0.5, 1.5]},
+            }
+            for split, short in (("validation", "val"), ("test", "test"))
+        ],
+        "test_openings": [{"id": 1}],
+        "energy": {"watt_hours": 1.5},
+        "best": "c",
+        "best_step": 2,
+        "best_score": 1.0,
+        "monitor": "val/loss",
+        "last": "c",
+    },
+    "data.json": {
+        "rows": {"train": 5},
+        "splits": {"train": {"length": LENGTHS, "supervised_length": LENGTHS}},
+        "length": {**LENGTHS, "histogram": {"edges": [1, 5, 10], "counts": [2, 3]}},
+        "repeated_rows": {"repeated": 0, "near": 1},
+        "leakage": {"between": {"train/test": {"test": {"exact": 0, "near": 1}}}},
+        "supervised_tokens": 20,
+        "tokens": 50,
+        "truncated_rows_share": 0.1,
+        "supervised_tokens_lost_share": 0.0,
+        "too_long_rows": 0,
+        "empty_completions": 0,
+        "preferences": {},
+    },
+    "config.yaml": {
+        "purpose": "p",
+        "targets": {"val/loss": 1.0},
+        "licences": {"all": "MIT"},
+        "seed_everything": 1,
+        "grid_gco2e_per_kwh": 400.0,
+        "trainer": {
+            "precision": "32-true",
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 1,
+            "val_check_interval": 2,
+        },
+        "model": {
+            "class_path": "x.SFT",
+            "init_args": {
+                "model_name_or_path": "m",
+                "lora": {"init_args": {"r": 8, "target_modules": ["q"]}},
+                "optimizer": {
+                    "class_path": "o.AdamW",
+                    "init_args": {"lr": 1e-3, "weight_decay": 0.1},
+                },
+                "warmup_ratio": 0.1,
+            },
+        },
+        "data": {"init_args": {"path": {"train": "t"}, "batch_size": 8, "epochs": 1}},
+    },
+}
