@@ -11,7 +11,6 @@ import torch
 
 from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.callbacks.stop_signals import StopRequest
-from fine_tune.commands.explain_step import find_run
 from fine_tune.data.encode import Encoder
 from fine_tune.data.formats import Templates, template_fields
 from fine_tune.data.predict_loader import predict_plan
@@ -29,6 +28,7 @@ from fine_tune.modules.decoding import Answer, Decoder
 from fine_tune.modules.precision import lowered
 from fine_tune.modules.prediction import generation_stops
 from fine_tune.modules.weights import load_weights, restore_weights
+from fine_tune.runs.find import find_run
 from fine_tune.runs.run_folder import RECORD
 from fine_tune.sampling import Sampling
 from fine_tune.settings_cli import run_cli

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fine_tune.commands.shown_rows import printable
+from fine_tune.printable import printable
 
 NARROW = 80  # columns; below it two answers stand one above the other
 SIDES = ("before this run", "after it")

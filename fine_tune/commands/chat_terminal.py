@@ -14,6 +14,7 @@ from rich.live import Live
 from fine_tune.commands.chat_output import TokenText, shown, side_by_side
 from fine_tune.commands.chat_session import Exchange, Session, help_lines, unknown_command
 from fine_tune.data.formats import RowError
+from fine_tune.device_memory import is_out_of_memory
 from fine_tune.errors import UserError
 from fine_tune.sampling import Sampling
 
@@ -148,8 +149,14 @@ class Terminal:
             )
             for side, (ids, max_new_tokens, _) in zip(sides, asked, strict=True)
         ]
-        with self.interrupts.listening():
-            exchange.answers = self._two(streams) if self.compare else [self._one(streams[0])]
+        try:
+            with self.interrupts.listening():
+                exchange.answers = self._two(streams) if self.compare else [self._one(streams[0])]
+        except RuntimeError as error:
+            session.exchanges.remove(exchange)
+            if not is_out_of_memory(error):
+                raise
+            self._note("out of memory: ask less at once, or /reset the conversation")
         if self.interrupts.asked:
             self._note("(stopped)")
 

@@ -79,8 +79,8 @@ def asked(row: Row, format_name: str, templates: Templates) -> Example:
         RowError: A field of the prompt is missing or of the wrong kind.
     """
     if format_name == USER_TURN:
-        turns = [{"role": "user", "content": _prompt(row)}]
-        return asked({"messages": turns, "tools": row.get("tools")}, "messages", templates)
+        said = [{"role": "user", "content": _prompt(row)}]
+        return asked({"messages": said, "tools": row.get("tools")}, "messages", templates)
     if format_name == PREFERENCE:
         return _asked_of_pair(row, templates)
     if format_name in CHAT_FORMATS:
@@ -155,7 +155,7 @@ def _asked_of_pair(row: Row, templates: Templates) -> Example:
     if isinstance(prompt, list):
         return asked({"messages": prompt, "tools": row.get("tools")}, "messages", templates)
     if isinstance(chosen, list):
-        before = [] if prompt is None else [{"role": "user", "content": prompt}]
+        before: list[Any] = [] if prompt is None else [{"role": "user", "content": prompt}]
         turns = [*before, *chosen]
         return asked({"messages": turns, "tools": row.get("tools")}, "messages", templates)
     if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):

@@ -20,7 +20,7 @@ from fine_tune.modules.row_cache import RowCache, can_keep_rows
 from fine_tune.sampling import Sampling, next_tokens
 
 PROMPT_SHARE = 8  # a forward pass over prompts takes this part of the budget: it holds more than keys and values
-FULL_ENOUGH = 0.75  # of the rows that fit; below it prompts are taken in
+FULL_ENOUGH = 0.75  # of the rows; below it, ended ones leave the cache (a copy of it) and prompts are taken in
 
 
 @dataclass(eq=False)
@@ -34,6 +34,7 @@ class Answer:
         draw: Its random numbers.
         written: Its tokens so far, without the stop token.
         ended: Why no more follow; None while they do.
+        is_told: Whether it was given back as ended.
     """
 
     key: Any
@@ -42,6 +43,7 @@ class Answer:
     draw: random.Random
     written: list[int] = field(default_factory=list)
     ended: Literal["stop", "length"] | None = None
+    is_told: bool = False
 
     @property
     def context(self) -> list[int]:
@@ -75,7 +77,7 @@ class Decoder:
         self.model = base
         self.stop_ids, self.pad_token_id = set(stop_ids), pad_token_id
         self.sampling, self.max_tokens = sampling, max_tokens
-        self.active: list[Answer] = []
+        self.active: list[Answer] = []  # the rows of the cache, some of them ended
         self._cache = RowCache()
         self._mask_BT = torch.empty(0)
         self._takes = set(inspect.signature(self.model.forward).parameters)
@@ -111,7 +113,7 @@ class Decoder:
                 out_of_memory(rows, columns)
                 self.max_tokens = columns // 2
                 waiting.extendleft(reversed([row for row in rows if row.ended is None]))
-                yield from (row for row in rows if row.ended is not None)
+                yield from (row for row in rows if row.ended is not None and not row.is_told)
                 continue
             yield from self.take_ended()
 
@@ -139,29 +141,35 @@ class Decoder:
 
     def step(self) -> None:
         """Write the next token of every answer that has not ended."""
-        ids_B1 = torch.tensor([[answer.written[-1]] for answer in self.active])
-        ids_B1 = ids_B1.to(self.model.device)
+        device, pad = self.model.device, self.pad_token_id
+        lasts = [[pad if answer.ended else answer.written[-1]] for answer in self.active]
+        living = [[answer.ended is None] for answer in self.active]
         self._mask_BT = torch.nn.functional.pad(self._mask_BT, (0, 1), value=1)
-        position_ids_B1 = self._mask_BT.sum(-1, keepdim=True) - 1
-        logits_BV = self._logits(ids_B1, self._mask_BT, position_ids_B1, self._cache)
-        self._choose(self.active, logits_BV)
+        # an ended row may be past the model's positions: any will do for it
+        positions_B1 = self._mask_BT.sum(-1, keepdim=True) - 1
+        positions_B1 = positions_B1 * torch.tensor(living, device=device)
+        ids_B1 = torch.tensor(lasts, device=device)
+        self._choose(self.active, self._logits(ids_B1, self._mask_BT, positions_B1, self._cache))
 
     def take_ended(self) -> list[Answer]:
-        """Return the answers that have ended, and make room for others."""
-        ended = [answer for answer in self.active if answer.ended is not None]
-        if not ended:
-            return []
+        """Return the answers that have ended since the last call, and make room for others where it is worth it."""
+        ended = [a for a in self.active if a.ended is not None and not a.is_told]
+        for answer in ended:
+            answer.is_told = True
         rows = [i for i, answer in enumerate(self.active) if answer.ended is None]
-        self.active = [self.active[i] for i in rows]
-        if not self.active or not self._keeps_rows:
+        if not rows or not self._keeps_rows:
             self._forget()
-            return ended
+        elif len(rows) <= FULL_ENOUGH * len(self.active):
+            self._keep(rows)
+        return ended
+
+    def _keep(self, rows: list[int]) -> None:
+        self.active = [self.active[i] for i in rows]
         kept = torch.tensor(rows, device=self._mask_BT.device)
         longest = max(len(answer.context) - 1 for answer in self.active)
         start = self._mask_BT.shape[1] - longest
         self._mask_BT = self._mask_BT[kept, start:]
         self._cache.keep(kept, start)
-        return ended
 
     def _admitted(self, waiting: deque[Answer]) -> list[Answer]:
         if not waiting or (self.active and not self._keeps_rows):

@@ -49,10 +49,10 @@ def find_place(
     """Resolve ``best``, ``last`` or a path; for the first two a damaged checkpoint is passed over.
 
     ``fit`` goes on in the folder of the last checkpoint; from any other it starts a new version, so that nothing
-    recorded after it is lost. ``validate`` and ``test`` write into the folder of the checkpoint.
+    recorded after it is lost. ``validate`` and ``test`` write into the folder of the checkpoint, ``predict`` into none.
 
     Args:
-        verb: fit, validate or test.
+        verb: fit, validate, test or predict.
         ckpt_path: What the user gave.
         name: The run's name.
         root: Folder that holds ``lightning_logs``.
