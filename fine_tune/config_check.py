@@ -60,7 +60,7 @@ def check_settings(args: list[str], parser: Any, classes: dict[str, type]) -> No
         {action.dest.split(".")[0] for action in parser._actions if action.dest != "help"}
     )
     parsers = _Parsers(parser, classes)
-    problems += _classless(settings) + _more_than_auto(settings)
+    problems += _classless(settings) + _more_than_auto(settings) + _no_optimizers(settings)
     for setting in settings:
         problems += _check_setting(setting, top_level, parsers, classes)
     if problems:
@@ -221,6 +221,32 @@ def _classless(settings: list[Setting]) -> list[str]:
         for s in given
         if isinstance(s.value, dict)
     ]
+
+
+def _no_optimizers(settings: list[Setting]) -> list[str]:
+    """Find anything but an optimizer where one is named: building it would call it, and it may do anything."""
+    problems = []
+    for setting in settings:
+        if setting.key not in ("model.optimizer", "model.optimizer.class_path"):
+            continue
+        value = plain(setting)
+        path = value.get("class_path") if isinstance(value, dict) else value
+        if isinstance(path, str) and "." in path and not _is_optimizer(path):
+            problems.append(
+                f"{_where(setting)}: model.optimizer: '{path:.120}' is not an optimizer; like torch.optim.AdamW"
+            )
+    return problems
+
+
+def _is_optimizer(path: str) -> bool:
+    from torch.optim import Optimizer
+
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, TypeError):
+        return False
+    return inspect.isclass(found) and issubclass(found, Optimizer)
 
 
 def _more_than_auto(settings: list[Setting]) -> list[str]:

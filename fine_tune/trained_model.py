@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fine_tune import adapters, models
 from fine_tune.errors import UserError
+from fine_tune.model_config import first_line
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.precision import weights_dtype
 from fine_tune.modules.weights import restore_weights
@@ -22,6 +22,12 @@ from fine_tune.runs.run_folder import RunFolder
 from fine_tune.runs.stored_checkpoints import newest_whole
 
 log = logging.getLogger("fine_tune")
+HEADS: dict[str, models.Head] = {"SFT": "lm", "DPO": "lm", "Pretrain": "lm", "Reward": "score"}
+QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
+MODEL_FIELDS = (
+    *("model_name_or_path", "revision", "from_config", "tokenizer"),
+    *("attn_implementation", "quantization"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,10 @@ class TrainedModel:
 
     def _load(self, config: PreTrainedConfig) -> Any:
         settings, quantization = self.settings, None
+        if settings.head == "score":  # where transformers reads a score
+            tokenizer = self.tokenizer
+            tokenizer.pad_token = models.scoring_pad(tokenizer)
+            config.pad_token_id = tokenizer.pad_token_id
         if not self.trains_adapter:
             return models.load_model(config, str(self.checkpoint), head=settings.head).eval()
         settings.take_stored(config)
@@ -118,20 +128,32 @@ def trained_model(run: RunFolder, which: str = "best", base: str | None = None) 
         raise UserError(f"run: {run.path} has no config.yaml, so nobody knows what its model was")
     if which not in ("best", "last"):
         raise UserError(f"checkpoint: '{which}' is neither best nor last")
-    config = yaml.safe_load(file.read_text("utf-8"))
+    config = _read_config(file)
     checkpoint, notes, _ = newest_whole(run, which)
     for note in notes:
         log.info("WARNING: %s", note)
-    directory = Path(run.read().get("commands", [{}])[-1].get("directory", "."))
-    directory = directory if directory.is_dir() else Path()
     section = config["model"]
+    settings = _model_settings(section, file)
     if base is not None:
-        section["init_args"]["model_name_or_path"] = str(
-            Path(base).resolve() if Path(base).exists() else base
-        )
-    with chdir(directory):
-        module = _build_module(section, file)
-    return TrainedModel(run, config, checkpoint.resolve(), module.model_settings, directory)
+        settings.model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
+    return TrainedModel(run, config, checkpoint.resolve(), settings, _directory(run))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_text("utf-8"))
+        if isinstance(config["model"], dict) and isinstance(config["trainer"], dict):
+            return dict(config)
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as a run's config: {first_line(error)}") from error
+    raise UserError(f"{file}: is not a run's config; it has no model or no trainer section")
+
+
+def _directory(run: RunFolder) -> Path:
+    """Return where the run's command was typed, or where we are if that is gone or unknown."""
+    commands = run.read().get("commands") or [{}]
+    directory = Path(str(dict(commands[-1]).get("directory", ".")))
+    return directory if directory.is_dir() else Path()
 
 
 def on_dequantized_base(model: Any, settings: ModelSettings) -> Any:
@@ -142,20 +164,52 @@ def on_dequantized_base(model: Any, settings: ModelSettings) -> Any:
         settings: The run's.
     """
     adapter = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-    dense = adapters.dense_copy(model.unload().dequantize(), settings.head)
+    for module in model.modules():
+        if isinstance(
+            module, ModulesToSaveWrapper
+        ):  # unload() would leave the trained copy in the base
+            for copy_of in module.modules_to_save.values():
+                copy_of.load_state_dict(module.original_module.state_dict())
+    is_quantized = any(type(module).__name__ in QUANTIZED_LAYERS for module in model.modules())
+    base = model.unload()  # bitsandbytes leaves some kinds of layers as they are, like Falcon's
+    dense = adapters.dense_copy(base.dequantize() if is_quantized else base, settings.head)
     models.widen(dense)
     moved: PeftModel = adapters.add_lora(dense, settings.lora, None, settings.head)
     set_peft_model_state_dict(moved, adapter)
     return moved.eval()
 
 
-def _build_module(section: dict[str, Any], file: Path) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model")
+def _model_settings(section: Any, file: Path) -> ModelSettings:
+    """Read how a run's model is made. Nothing that the config names is imported, built or called.
+
+    Raises:
+        UserError: It is not the model section of a run.
+    """
     try:
-        return parser.instantiate_classes(parser.parse_object({"model": section})).model
-    except Exception as error:  # jsonargparse raises errors of several classes
-        raise UserError(f"{file}: its model section cannot be read: {error}") from error
+        head = HEADS[str(section["class_path"]).rpartition(".")[2]]
+        given = dict(section["init_args"])
+        lora = given.get("lora")
+        fields: dict[str, Any] = {name: given.get(name) for name in MODEL_FIELDS}
+        fields["config"] = dict(given.get("config") or {})
+        if isinstance(lora, dict):
+            of_lora = dict(lora.get("init_args", lora))
+            arguments = {k: v for k, v in of_lora.items() if k not in adapters.PEFTS_OWN}
+            if arguments.get("init_lora_weights") == "loftq":
+                arguments["init_lora_weights"] = (
+                    True  # what it made of the adapter is in the adapter
+                )
+            lora = LoraConfig(**arguments)
+        return ModelSettings(
+            **fields,
+            dtype=str(given.get("dtype", "auto")),
+            lora=lora,
+            gradient_checkpointing=False,
+            head=head,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file}: its model section is not one of this project's runs ({type(error).__name__}: {error})"
+        ) from error
 
 
 def run_name(run: RunFolder) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import datetime
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -168,6 +169,7 @@ class Checkpoints(Checkpoint):
                 "monitor": self.monitor,
                 "mode": self.mode,
                 "last": saved["name"],
+                "last_saved": datetime.now().astimezone().isoformat(timespec="seconds"),
             }
         )
         for name in rotated:

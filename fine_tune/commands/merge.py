@@ -9,9 +9,11 @@ import torch
 from fine_tune import models
 from fine_tune.commands.model_folder import ModelFolder, finish, start_folder
 from fine_tune.commands.probes import largest_difference, logits, probe_rows
+from fine_tune.commands.tried import try_installed
 from fine_tune.errors import UserError
 from fine_tune.model_config import load_config
 from fine_tune.modules.precision import DTYPES
+from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
 from fine_tune.trained_model import TrainedModel, on_dequantized_base, run_name, trained_model
 
@@ -19,6 +21,7 @@ log = logging.getLogger("fine_tune")
 # Of the largest difference of a logit, in float32; layers of 8 bit also round what they multiply.
 BOUNDS = {None: 1e-4, "nf4": 5e-3, "fp4": 5e-3, "int8": 5e-2}
 SHARD_BYTES = "2GB"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -53,12 +56,14 @@ def merge(
             f"python -m fine_tune export {run} writes them"
         )
     target = Path(output) if output is not None else trained.run.path / "merged"
+    ModelFolder(trained, merged=True).card()  # what is wrong with the record shows before the work
     with start_folder(target) as unfinished:
         differences = _merge_into(unfinished, trained, dtype)
         folder = ModelFolder(trained, merged=True, differences=differences)
         finish(unfinished, folder)
-    for line in folder.next_commands(target):
-        log.info(line)
+    tried = try_installed(target) if trained.settings.head == "lm" else []
+    for line in [*folder.next_commands(target), *tried]:
+        log.info("%s", printable(line))
 
 
 def _merge_into(folder: Path, trained: TrainedModel, dtype: Dtype) -> dict[str, float]:
@@ -87,10 +92,11 @@ def _merge_into(folder: Path, trained: TrainedModel, dtype: Dtype) -> dict[str, 
     found = {"merged": largest_difference(expected, logits(merged, rows))}
     _check("merged", found["merged"], bound)
     merged.to(written)
-    _set_stop_tokens(merged, trained)
+    tokenizer = trained.tokenizer
+    _set_special_tokens(merged, tokenizer, trained.settings.head)
     merged.save_pretrained(folder, max_shard_size=SHARD_BYTES)
     del merged, model
-    trained.tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     found["read back"] = largest_difference(
         expected, logits(_read_back(folder, trained, written), rows)
     )
@@ -108,7 +114,8 @@ def _check(name: str, difference: float, bound: float) -> None:
     if not difference <= bound:
         raise UserError(
             f"merge: the {name} model's logits differ from the adapter's by up to {difference:.2g}, allowed are "
-            f"{bound:.2g}; nothing was written. The adapter itself is fine: python -m fine_tune export RUN"
+            f"{bound:.2g}; nothing was written. (On an embedding tied to the head, a merged adapter changes both.) "
+            "The adapter itself is fine: python -m fine_tune export RUN"
         )
 
 
@@ -125,13 +132,18 @@ def _read_back(folder: Path, trained: TrainedModel, dtype: torch.dtype) -> Any:
     return models.load_model(config, str(folder), dtype=dtype, head=head).eval()
 
 
-def _set_stop_tokens(model: Any, trained: TrainedModel) -> None:
-    """Let ``generate`` stop where training taught it to."""
-    if trained.settings.head != "lm":
+def _set_special_tokens(model: Any, tokenizer: Any, head: models.Head) -> None:
+    """Let ``generate`` stop where training taught it to, and a scalar head be read where it was trained."""
+    if head == "score":
+        tokenizer.pad_token = models.scoring_pad(tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id
         return
-    tokenizer = trained.tokenizer
-    known: Any = model.generation_config.eos_token_id
-    stops = [known] if isinstance(known, int) else list(known or [])
-    stops = list(dict.fromkeys([int(tokenizer.eos_token_id), *stops]))  # type: ignore[arg-type]
-    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    config = model.generation_config
+    stops = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id
+    stops = list(dict.fromkeys([int(tokenizer.eos_token_id), *(stops or [])]))
+    config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample and any(getattr(config, name) is not None for name in SAMPLING):
+        config.do_sample = (
+            True  # its sampling settings say what was meant; transformers refuses both
+        )

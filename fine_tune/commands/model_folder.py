@@ -1,5 +1,7 @@
 """A model folder for others: whole or not there, with a model card written from the run's record."""
 
+import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import psutil
 
+from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.errors import UserError
 from fine_tune.report.inert import markdown
 from fine_tune.runs.checkpoint import global_step
@@ -28,13 +32,15 @@ def start_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: The target exists, or cannot be written.
     """
-    if target.exists() or target.is_symlink():
-        raise UserError(
-            f"output: '{target}' exists and is not overwritten; give another --output, or remove it"
-        )
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if target.exists() or target.is_symlink():
+            raise UserError(
+                f"output: '{target}' exists and is not overwritten; give another --output, or remove it"
+            )
+        for leftover in target.parent.glob(f".{target.name}.*.unfinished"):
+            if not psutil.pid_exists(int(leftover.name.split(".")[-2])):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
         unfinished.rename(target)
@@ -73,15 +79,20 @@ class ModelFolder:
         """Say where it is, and the commands that use it."""
         place = shlex.quote(str(target))
         lines = [f"written: {target}   card: {target / CARD}"]
-        if self.trained.settings.head == "score":
-            return [*lines, _python(target, "AutoModelForSequenceClassification")]
+        head, kind = self.trained.settings.head, "ForCausalLM"
+        kind = "ForSequenceClassification" if head == "score" else kind
         if self.holds_adapter:
-            return [
-                *lines,
-                _python(target, "AutoPeftModelForCausalLM", package="peft"),
-                f"vllm:         vllm serve {shlex.quote(self.base)} --enable-lora --lora-modules tuned={place}",
-                f"merge:        python -m fine_tune merge {shlex.quote(str(self.trained.run.path))}",
-            ]
+            labels = ", num_labels=1" if head == "score" else ""
+            lines.append(_python(target, f"AutoPeftModel{kind}", "peft", labels))
+            init = getattr(self.trained.settings.lora, "init_lora_weights", True)
+            if head == "lm" and init not in INITS_THAT_CHANGE_THE_BASE:
+                lines.append(
+                    f"vllm:         vllm serve {shlex.quote(self.base)} --enable-lora --lora-modules tuned={place}"
+                )
+            merge = f"python -m fine_tune merge {shlex.quote(str(self.trained.run.path))}"
+            return [*lines, f"merge:        {merge}"]
+        if head == "score":
+            return [*lines, _python(target, f"AutoModel{kind}")]
         return [
             *lines,
             _python(target, "AutoModelForCausalLM"),
@@ -92,7 +103,13 @@ class ModelFolder:
     @property
     def base(self) -> str:
         """The name or folder of the model it started from."""
-        return str(self.trained.settings.model_name_or_path or "")
+        return str(self.trained.settings.base[0] or "")
+
+    @property
+    def base_on_the_hub(self) -> str | None:
+        """The base's name, if it is one of the hub: where it lay here says nothing to others."""
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", self.base) and not Path(self.base).exists()
+        return self.base if is_name else None
 
     def card(self) -> str:
         """Write the model card from the run's record."""
@@ -106,7 +123,12 @@ class ModelFolder:
             folder=self,
             record=record,
             config=self.trained.config,
-            identity=record.get("identity", {}),
+            identity=record.get("identity") or {},
+            rows=record.get("num_rows") or {},
+            tokens=record.get("num_tokens") or {},
+            results=record.get("results") or [],
+            parents=record.get("parents") or [],
+            packages=(record.get("environment") or {}).get("packages") or {},
             checkpoint=self.trained.checkpoint.name,
             step=global_step(self.trained.checkpoint),
             version=metadata.version("fine-tune"),
@@ -118,8 +140,9 @@ def finish(unfinished: Path, folder: ModelFolder) -> None:
     (unfinished / CARD).write_text(folder.card(), "utf-8")
 
 
-def _python(target: Path, kind: str, package: str = "transformers") -> str:
-    return f"python:       from {package} import {kind}; model = {kind}.from_pretrained({str(target)!r})"
+def _python(target: Path, kind: str, package: str = "transformers", more: str = "") -> str:
+    opened = f"{kind}.from_pretrained({str(target)!r}{more})"
+    return f"python:       from {package} import {kind}; model = {opened}"
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fine_tune.callbacks.generations import GENERATIONS_FILE, read_generations
 from fine_tune.modules.checks import max_positions
@@ -14,22 +15,43 @@ OF_THE_RUN, AT_RANDOM, LONGEST = 8, 4, 128  # rows, rows, tokens
 
 
 def probe_rows(trained: TrainedModel) -> list[list[int]]:
-    """Return token ids of prompts that the run was asked, with their answers, and of random rows."""
-    tokenizer = trained.tokenizer
-    answers = read_generations(trained.run.path / GENERATIONS_FILE)
-    texts = dict.fromkeys(f"{a['prompt']} {a['expected']}" for a in answers)
+    """Return token ids of what the run was asked, with the answers, and of random rows that end as answers do.
+
+    Ids that the tokenizer knows and the model does not are left out.
+    """
+    tokenizer, config = trained.tokenizer, trained.model_config()
+    texts = dict.fromkeys(
+        f"{answer.get('prompt', '')} {answer.get('expected', '')}"
+        for answer in read_generations(trained.run.path / GENERATIONS_FILE)
+        if isinstance(answer, dict)
+    )
+    known = range(int(config.get_text_config().vocab_size))
     rows = [tokenizer(text)["input_ids"] for text in list(texts)[:OF_THE_RUN]]
-    draw, vocabulary = random.Random(0), sorted(tokenizer.get_vocab().values())
-    positions = max_positions(trained.model_config()) or LONGEST
-    longest = min(LONGEST, positions)
-    rows += [draw.choices(vocabulary, k=max(2, longest // 2**i)) for i in range(AT_RANDOM)]
-    return [row[:longest] for row in rows if row]
+    draw = random.Random(0)
+    vocabulary = sorted(i for i in tokenizer.get_vocab().values() if i in known)
+    longest = min(LONGEST, max_positions(config) or LONGEST)
+    stop = [tokenizer.eos_token_id] if tokenizer.eos_token_id in known else []
+    for i in range(AT_RANDOM):
+        rows.append([*draw.choices(vocabulary, k=max(2, longest // 2**i - len(stop))), *stop])
+    kept = ([i for i in row if i in known][-longest:] for row in rows)
+    return [row for row in kept if row]
 
 
 @torch.inference_mode()
 def logits(model: Any, rows: list[list[int]]) -> list[Tensor]:
     """Return the model's logits of each row in float32; of a reward model, its scores."""
     return [model(input_ids=torch.tensor([row])).logits.float() for row in rows]
+
+
+@torch.inference_mode()
+def scores_together(model: Any, rows: list[list[int]]) -> list[Tensor]:
+    """Return a reward model's scores of all rows in one batch, padded as its config says."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = [torch.tensor(row) for row in rows]
+    padded = pad_sequence(ids, batch_first=True, padding_value=int(model.config.pad_token_id))
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    scores = model(input_ids=padded, attention_mask=mask.long()).logits.float()
+    return list(scores.split(1))
 
 
 def largest_difference(first: list[Tensor], second: list[Tensor]) -> float:

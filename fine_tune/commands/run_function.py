@@ -1,6 +1,7 @@
 """Run a verb that is one function: its signature is the command line, its ``Args:`` the help."""
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ POSITIONAL = "run"  # what may be typed without a flag
 def run_function(verb: str, function: Callable[..., Any], args: list[str]) -> int:
     """Parse ``args`` by the function's signature and call it; return the exit code."""
     start_console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half done is cleaned up
     parser = ArgumentParser(prog=f"python -m fine_tune {verb}", exit_on_error=False)
     positional = POSITIONAL in inspect.signature(function).parameters
     parser.add_function_arguments(function, as_positional=positional)

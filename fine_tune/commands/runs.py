@@ -40,7 +40,7 @@ def main(args: list[str]) -> int:
         "--sort",
         default="started",
         metavar="KEY",
-        help="started (newest first), another column, best, or a metric like test/loss; -KEY for the other way round.",
+        help="started (newest first), a column, best, or a metric like test/loss; --sort=-KEY: the other way round.",
     )
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="RUN", help="Show where these runs differ."
@@ -118,7 +118,8 @@ def _table(runs: list[Listed]) -> Table:
         "time",
         "started",
     ):
-        table.add_column(name, justify="right" if name in ("step", "opened", "time") else "left")
+        justify: Any = "right" if name in ("step", "opened", "time") else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name == "run")
     for run in runs:
         status = f"{run['status']}{', resumable' if run['resumable'] else ''}"
         test = next(

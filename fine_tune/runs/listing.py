@@ -1,6 +1,6 @@
 """All runs under ``lightning_logs`` at a glance, from their records; reads as little as that takes."""
 
-from collections import Counter
+import math
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
 from fine_tune.runs.run_lock import is_owned
 
 Listed = dict[str, Any]
+WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
 RESUMABLE = ("stopped", "failed", "killed")
 
 
@@ -32,8 +33,18 @@ def list_runs(root: Path) -> tuple[list[Listed], list[str]]:
             records[file.parent] = RunFolder(file.parent).read()
         except UserError as error:
             problems += error.problems
-    opened = Counter({split: len(ids) for split, ids in _openings(records.values()).items()})
-    found = [_describe(path, record, opened) for path, record in records.items()]
+    opened: dict[str, set[str]] = {}
+    for path, record in records.items():
+        try:
+            _note_openings(record, opened)
+        except WRONG as error:
+            problems.append(f"{path / RECORD}: its test openings are not counted: {error!r}")
+    found = []
+    for path, record in records.items():
+        try:
+            found.append(_describe(path, record, opened))
+        except WRONG as error:
+            problems.append(f"{path / RECORD}: the run's record is damaged: {error!r}")
     return sorted(found, key=lambda run: run["started"] or "", reverse=True), problems
 
 
@@ -46,7 +57,7 @@ def status_of(run: RunFolder, record: dict[str, Any]) -> str:
     return "running" if status == "empty" and owned else status
 
 
-def _describe(path: Path, record: dict[str, Any], opened: Counter[str]) -> Listed:
+def _describe(path: Path, record: dict[str, Any], opened: dict[str, set[str]]) -> Listed:
     run = RunFolder(path)
     status, config = status_of(run, record), _config(path)
     tests = [result for result in record.get("results", []) if result["split"] == "test"]
@@ -59,32 +70,29 @@ def _describe(path: Path, record: dict[str, Any], opened: Counter[str]) -> Liste
         "run": f"{path.parent.name}/{path.name}",
         "status": status,
         "resumable": status in RESUMABLE and run.checkpoint("last") is not None,
-        "step": record.get("step", newest),
-        "num_steps": record.get("num_steps"),
+        "step": int(record.get("step", newest)),
+        "num_steps": _number(record.get("num_steps")),
         "model": _model(config),
         "data": _data(config),
         "monitor": record.get("monitor"),
-        "best": record.get("best_score"),
-        "test": {name: value for name, value in metrics.items() if name.startswith("test/")},
-        "test_openings": max((opened[str(of_split)] for of_split in hashes), default=0),
-        "started": starts[0]["time"] if starts else None,
-        "seconds": _seconds(record, status),
+        "best": _number(record.get("best_score")),
+        "test": {name: _number(v) for name, v in metrics.items() if name.startswith("test/")},
+        "test_openings": max((len(opened[str(of_split)]) for of_split in hashes), default=0),
+        "started": str(starts[0]["time"]) if starts else None,
+        "seconds": _number(_seconds(record, status)),
         "path": str(path),
     }
 
 
-def _openings(records: Any) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for record in records:
-        for opening in record.get("test_openings", []):
-            found.setdefault(str(opening.get("test_hash")), set()).add(str(opening.get("id")))
-    return found
+def _note_openings(record: dict[str, Any], opened: dict[str, set[str]]) -> None:
+    for opening in record.get("test_openings", []):
+        opened.setdefault(str(opening.get("test_hash")), set()).add(str(opening.get("id")))
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -119,14 +127,22 @@ def _last_parts(name: str) -> str:
     return "/".join(Path(name).parts[-2:])
 
 
-def _seconds(record: dict[str, Any], status: str) -> float | None:
-    if status in ("running", "killed") and record.get("starts"):
-        begun = datetime.fromisoformat(record["starts"][-1]["time"])
-        until = datetime.now().astimezone()
-        if status == "killed":
-            until = datetime.strptime(record["updated"], "%Y-%m-%dT%H:%M:%S%z")
-        return max(0.0, record.get("seconds", 0.0) + (until - begun).total_seconds())
-    return record.get("seconds")
+def _seconds(record: dict[str, Any], status: str) -> Any:
+    """Return the time spent training; of a killed run, until its last checkpoint."""
+    before = record.get("seconds", 0.0)
+    if status not in ("running", "killed") or not record.get("starts"):
+        return record.get("seconds")
+    begun = datetime.fromisoformat(record["starts"][-1]["time"])
+    until = datetime.now().astimezone()
+    if status == "killed":
+        until = datetime.fromisoformat(record.get("last_saved") or record["starts"][-1]["time"])
+    return before + max(0.0, (until - begun).total_seconds())
+
+
+def _number(value: Any) -> Any:
+    """Return a number that a run can have as it is; anything else is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) and abs(value) < 1e12 else None
 
 
 def numbers(run: Listed) -> Iterator[tuple[str, float]]:
@@ -137,4 +153,4 @@ def numbers(run: Listed) -> Iterator[tuple[str, float]]:
     if run["best"] is not None:
         yield "best", run["best"]
         yield str(run["monitor"]), run["best"]
-    yield from run["test"].items()
+    yield from ((name, value) for name, value in run["test"].items() if value is not None)

@@ -41,10 +41,12 @@ class RunFolder:
         if not file.is_file():
             return {}
         try:
-            record = json.loads(file.read_text())
-        except ValueError as error:
+            record = json.loads(file.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: the run's record is damaged: {error}") from error
-        return dict(record)
+        if not isinstance(record, dict):
+            raise UserError(f"{file}: the run's record is damaged: it is no mapping")
+        return record
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Replace these entries of the record, atomically."""

@@ -105,9 +105,9 @@ def is_owned(folder: Path) -> bool:
     """Whether a process owns a run folder, as far as this machine can tell; nothing is written or locked."""
     try:
         owner = dict(json.loads((folder / OWNER).read_text()))
-    except (OSError, ValueError):
+        return _alive(owner)
+    except (OSError, ValueError, TypeError):
         return False
-    return _alive(owner)
 
 
 def _alive(owner: dict[str, Any]) -> bool:

@@ -1,15 +1,18 @@
 """A merged or exported model is the model that was trained, for any Hugging Face tool."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from harness import CommandLine, Outcome
-from lora_runs import TOKENS, save_model, save_quantized
+from lora_runs import SIZES, TOKENS, save_model, save_quantized
 from peft import AutoPeftModelForCausalLM, LoraModel, PeftModel
 from safetensors.torch import load_file, save_file
+from small_models import save_small_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -241,3 +244,84 @@ def test_a_damaged_best_checkpoint_is_passed_over_and_told(
     assert exported.code == 0, exported.err
     assert "is damaged" in exported.out and best.name in exported.out
     shutil.rmtree(run.path / "exported")
+
+
+def test_a_merged_reward_is_read_where_it_was_trained(
+    command_line: CommandLine, reward_args: list[str], tmp_path: Path
+) -> None:
+    base = save_model("llama", tmp_path / "llama")
+    config = json.loads((base / "config.json").read_text())
+    config["pad_token_id"] = config["eos_token_id"]  # transformers would read one token early
+    (base / "config.json").write_text(json.dumps(config))
+    run = trained(command_line, reward_args, base)
+    merged(command_line, run)
+    opened = AutoModelForSequenceClassification.from_pretrained(run.parent / "merged").eval()
+    assert opened.config.pad_token_id not in (None, config["eos_token_id"])
+    row = torch.tensor([[5, 6, 7, config["eos_token_id"]]])
+    with torch.no_grad():
+        hidden = opened.base_model(input_ids=row).last_hidden_state[:, -1]
+        assert torch.allclose(opened(input_ids=row).logits, opened.score(hidden))
+
+
+def test_an_adapter_on_a_merged_adapter_is_merged_and_not_exported_alone(
+    command_line: CommandLine, fit_args: list[str], dpo_args: list[str], tmp_path: Path
+) -> None:
+    sft = trained(command_line, fit_args, save_model("llama", tmp_path / "llama"))
+    trained(command_line, dpo_args, sft, "--name", "dpo")
+    dpo = sft.parent.parent / "dpo" / "version_0"
+    refused = command_line("export", dpo)
+    assert refused.code == 2 and "another adapter merged into it" in refused.err
+    merged(command_line, dpo)
+
+
+def test_a_tied_trained_embedding_beside_a_quantized_base_is_merged(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    save_small_model(tmp_path / "tied", "llama", **SIZES, tie_word_embeddings=True)
+    lora = ["--model.lora.target_modules", '["q_proj"]', "--model.quantization", "nf4"]
+    lora += ["--model.lora.modules_to_save", '["embed_tokens"]', "--data.epochs", "1"]
+    where = ["--model.model_name_or_path", tmp_path / "tied"]
+    outcome = command_line("fit", *fit_args, *where, *lora)
+    assert outcome.code == 0, outcome.err
+    merged(command_line, outcome.run().path)
+
+
+def test_a_base_with_sampling_settings_is_merged(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    base = save_model("llama", tmp_path / "llama")
+    (base / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.9, "top_p": 0.6, "do_sample": False})
+    )
+    merged(command_line, trained(command_line, fit_args, base))
+
+
+def test_what_a_run_folder_names_is_never_executed(
+    command_line: CommandLine, fit_args: list[str], model_folder: Path, tmp_path: Path
+) -> None:
+    run = trained(command_line, fit_args, model_folder)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    planted = tmp_path / "executed"
+    command = {"class_path": "os.system", "init_args": {"command": f"touch {planted}"}}
+    config["model"]["init_args"]["optimizer"] = command
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert command_line("merge", run).code == 0
+    refused = command_line("fit", "--config", run / "config.yaml", root=False)
+    assert refused.code == 2 and "'os.system' is not an optimizer" in refused.err
+    assert not planted.exists()
+
+
+def test_a_converter_is_tried_where_it_is_installed(
+    command_line: CommandLine,
+    fit_args: list[str],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    converter = tmp_path / "bin" / "convert_hf_to_gguf.py"
+    converter.parent.mkdir()
+    converter.write_text("import sys; open(sys.argv[3], 'w').write('x' * 9)")
+    converter.chmod(0o755)
+    monkeypatch.setenv("PATH", str(converter.parent), prepend=":")
+    run = trained(command_line, fit_args, model_folder)
+    assert "model.gguf has 9 bytes" in merged(command_line, run).out

@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
     )  # fmt: skip
     start = {"starts": [{"time": "2026-01-02T10:00:00.000+00:00"}], "num_steps": 10}
     killed = write_run(
-        tmp_path, "killed", status="running", updated="2026-01-02T10:30:00+0000", last="epoch=1.00-step=4",
+        tmp_path, "killed", status="running", last_saved="2026-01-02T10:30:00+00:00", last="epoch=1.00-step=4",
         checkpoints=[{"name": "epoch=1.00-step=4", "step": 4}], identity={"data.seed": 3, "same": 2},
         test_openings=[{"id": "c", "test_hash": "x"}], **start,
     )  # fmt: skip
@@ -129,6 +129,27 @@ def test_a_damaged_record_is_told_and_hides_nothing(
     assert main(["runs", "--root", str(root)]) == 0
     said = capsys.readouterr()
     assert "record is damaged" in said.err and "done/version_0" in said.out
+
+
+MALFORMED: list[Any] = [
+    [1, 2], None, 3, {"results": [{}]}, {"results": [{"split": "test", "metrics": None}]}, {"best_score": "x"},
+    {"step": "5x"}, {"starts": "abc"}, {"seconds": float("nan")}, {"seconds": 1e300}, {"test_openings": None},
+    {"checkpoints": [{}], "last": "a"}, {"last": 5}, {"status": "running", "starts": [{"time": "x"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", MALFORMED, ids=[json.dumps(record)[:40] for record in MALFORMED])
+def test_a_malformed_record_stops_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str], record: Any
+) -> None:
+    file = root / "lightning_logs" / "empty" / "version_0" / "run.json"
+    file.write_text(json.dumps(record))
+    (file.parent / "config.yaml").write_bytes(b"\xff model: x")
+    (file.parent / ".owner.json").write_text("[1]")
+    assert main(["runs", "--root", str(root)]) == 0
+    assert "done/version_0" in capsys.readouterr().out
+    assert main(["runs", "--root", str(root), "--json"]) == 0
+    assert "NaN" not in capsys.readouterr().out
 
 
 def test_names_do_nothing_to_the_terminal(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
