@@ -9,6 +9,8 @@ from fine_tune.report.record import RunRecord
 from fine_tune.report.results import judged
 from fine_tune.report.words import Words
 
+BAD_ENOUGH = ("diverged", "overfitted", "worsened")  # to be told before a run has ended
+
 
 def analysis_of(run: RunRecord) -> Analysis:
     """Analyse a run's curves."""
@@ -44,16 +46,20 @@ def sentence(finding: Finding, words: Words) -> str:
     return words(finding.key, **numbers)
 
 
-def analysis(found: Analysis, words: Words) -> Section:
+def analysis(run: RunRecord, found: Analysis, words: Words) -> Section:
     """Write the analysis: the main finding, then what else the numbers say."""
     findings = [found.main, *found.others]
     told = [(finding.tone, sentence(finding, words)) for finding in findings]
+    if run.status == "running":
+        told[0] = (told[0][0], words("so_far", finding=told[0][1]))
     return Section("analysis", words("analysis"), [Sentences(told)])
 
 
 def conclusion(run: RunRecord, found: Analysis, words: Words) -> Section:
     """Say what the run amounts to, and what to do next."""
-    told: list[tuple[Tone, str]] = [(found.main.tone, words(f"verdict_{found.verdict}"))]
+    told: list[tuple[Tone, str]] = []
+    if run.status != "running" or found.verdict in BAD_ENOUGH:  # else it is too early for one
+        told.append((found.main.tone, words(f"verdict_{found.verdict}")))
     if run.status != "finished":
         told.append(("note" if run.status == "running" else "bad", words("not_finished")))
     best, step = run.record.get("best"), run.record.get("best_step")

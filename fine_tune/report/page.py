@@ -32,7 +32,7 @@ def page_of(
     grid = grid if grid is not None else run.number("grid_gco2e_per_kwh")
     sections = [
         findings.conclusion(run, found, words),
-        findings.analysis(found, words),
+        findings.analysis(run, found, words),
         curves.curves(run, words),
         tables.evaluations(run, words),
         results.test(run, words),

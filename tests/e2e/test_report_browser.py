@@ -111,7 +111,7 @@ def test_the_quickstarts_of_sft_and_dpo(browser: Any, tmp_path: Path) -> None:
         browser,
         second / "report.html",
         tmp_path,
-        ("Jawaban sebelum dan sesudah", "log-odds", "Berasal dari"),
+        ("Jawaban sebelum dan sesudah", "Manokwari", "Berasal dari"),
     )
     subprocess.run(
         [sys.executable, "-m", "fine_tune", "report", first, second], cwd=REPOSITORY, check=True
