@@ -26,7 +26,7 @@ from fine_tune.runs.run_folder import RunFolder
 from fine_tune.sampling import Sampling
 
 WORDS = ["Berapa", "jumlah", "ibu", "kota", "negara", "provinsi", "tahun", "mata", "uang"]
-MOST, LONG = 400, 2_000
+MOST, LONG = 300, 2_000
 
 
 class Screen:
@@ -162,7 +162,7 @@ def test_a_conversation_a_comparison_and_ctrl_c_in_a_terminal(
     screen, beside = screens(), screens("--compare")  # both start at once
     expected = Expected(run, talker)
     choose = random.Random(1)
-    questions = [" ".join(choose.choices(WORDS, k=4)) for _ in range(160)]
+    questions = [" ".join(choose.choices(WORDS, k=4)) for _ in range(100)]
     lengths = expected.lengths(questions)
     long = questions[lengths.index(MOST)]
     first, second = [q for q, n in zip(questions, lengths, strict=True) if 2 < n < 40][:2]
