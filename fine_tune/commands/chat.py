@@ -25,7 +25,7 @@ def main(args: list[str]) -> int:
         prog="python -m fine_tune chat", description=__doc__, allow_abbrev=False
     )
     parser.add_argument(
-        *("run",),
+        "run",
         nargs="?",
         default="",
         help="A run folder, <name> or <name>/version_N, a checkpoint, or a model folder or hub name.",
@@ -80,7 +80,6 @@ def chat(own: argparse.Namespace) -> None:
         model = load_chat_model(own.run, own.model, own.ckpt_path, own.root)
         if own.compare:
             model.load_base()
-    from fine_tune.commands.chat_output import shown
     from fine_tune.commands.chat_session import Session
     from fine_tune.commands.chat_terminal import Terminal
 
@@ -97,6 +96,5 @@ def chat(own: argparse.Namespace) -> None:
         return
     greeting = [f"{model.name}, temperature {own.temperature:g}", HOW_ASKED[model.kind]]
     greeting.append("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat")
-    for line in greeting:
-        print(shown(line), file=sys.stdout if sys.stdin.isatty() else sys.stderr)
+    terminal.note(*greeting)
     terminal.run()

@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,7 @@ class Terminal:
     def __init__(self, session: Session, *, compare: bool) -> None:
         self.session, self.compare = session, compare
         self.interrupts = Interrupts()
+        self.is_interactive = sys.stdin.isatty()
         self.console = Console(highlight=False, markup=False)
 
     def run(self) -> None:
@@ -71,6 +72,7 @@ class Terminal:
 
     def once(self, text: str) -> None:
         """Answer one question, and print nothing else."""
+        self.is_interactive = False
         exchange = Exchange(text, _fields(self.session, text))
         self._ask(exchange)
 
@@ -82,22 +84,22 @@ class Terminal:
             if name in ("/quit", "/exit"):
                 return False
             if name == "/help":
-                self._note(*help_lines())
+                self.note(*help_lines())
             elif name == "/reset":
                 session.exchanges.clear()
-                self._note("the conversation is forgotten")
+                self.note("the conversation is forgotten")
             elif name == "/undo":
-                self._note(session.undo())
+                self.note(session.undo())
             elif name == "/retry":
                 self._retry()
             elif name == "/system":
-                self._note(session.set_system(rest))
+                self.note(session.set_system(rest))
             elif name == "/temperature":
-                self._note(session.set_temperature(rest))
+                self.note(session.set_temperature(rest))
             elif name == "/save":
-                self._note(session.save(rest))
+                self.note(session.save(rest))
             else:
-                self._note(unknown_command(name))
+                self.note(unknown_command(name))
             return True
         if line:
             text = line.removeprefix("/") if line.startswith("//") else line
@@ -108,11 +110,11 @@ class Terminal:
 
     def _retry(self) -> None:
         if not self.session.exchanges:
-            self._note("there is nothing to ask again")
+            self.note("there is nothing to ask again")
             return
         last = self.session.exchanges.pop()
         if self.session.sampling.temperature == 0:
-            self._note("at temperature 0 the answer is the same; see /temperature")
+            self.note("at temperature 0 the answer is the same; see /temperature")
         self._ask(Exchange(last.text, last.fields, tries=last.tries + 1))
 
     def _more_fields(self, text: str) -> dict[str, str] | None:
@@ -134,12 +136,12 @@ class Terminal:
             asked = [session.prompt(exchange, side) for side in sides]
         except (UserError, RowError) as error:
             session.exchanges.remove(exchange)
-            if not sys.stdin.isatty():
+            if not self.is_interactive:
                 raise UserError(str(error)) from error
-            self._note(str(error))
+            self.note(str(error))
             return
         for note in dict.fromkeys(note for _, _, note in asked if note):
-            self._note(note)
+            self.note(note)
         streams = [
             session.model.stream(
                 ids,
@@ -156,9 +158,12 @@ class Terminal:
             session.exchanges.remove(exchange)
             if not is_out_of_memory(error):
                 raise
-            self._note("out of memory: ask less at once, or /reset the conversation")
+            told = "out of memory: ask less at once, or /reset the conversation"
+            if not self.is_interactive:
+                raise UserError(told) from error
+            self.note(told)
         if self.interrupts.asked:
-            self._note("(stopped)")
+            self.note("(stopped)")
 
     def _one(self, stream: Iterator[Any]) -> str:
         text, answer = TokenText(self.session.model.tokenizer), None
@@ -184,14 +189,15 @@ class Terminal:
             ids = [answer.written if answer is not None else [] for answer in answers]
             return [str(decode(of_one, skip_special_tokens=True)).strip() for of_one in ids]
 
-        with Live(console=self.console, transient=True, auto_refresh=False) as live:
+        screen = Live(console=self.console, transient=True, auto_refresh=False)
+        with screen if self.console.is_terminal else nullcontext() as live:
             going = [0, 1]
             while going and not self.interrupts.asked:
                 for side in list(going):
                     answers[side] = next(streams[side], answers[side])
                     if answers[side].ended is not None:
                         going.remove(side)
-                if self.console.is_terminal:
+                if live is not None:
                     live.update(side_by_side(texts(), self.console.width), refresh=True)
         for answer in answers:
             self._say_cut(answer)
@@ -200,20 +206,20 @@ class Terminal:
 
     def _say_cut(self, answer: Any) -> None:
         if answer is not None and answer.ended == "length":
-            self._note(f"(ended after {len(answer.written):,} tokens: --max_new_tokens)")
+            self.note(f"(ended after {len(answer.written):,} tokens: --max_new_tokens)")
 
     def _read(self, ask: str) -> str | None:
         try:
-            return input(ask if sys.stdin.isatty() else "")
+            return input(ask if self.is_interactive else "")
         except EOFError:
-            if sys.stdin.isatty():
+            if self.is_interactive:
                 print()
             return None
 
-    def _note(self, *lines: str) -> None:
+    def note(self, *lines: str) -> None:
         """Tell the user something that is no answer; a pipe gets answers alone."""
         for line in lines:
-            print(shown(line), file=sys.stdout if sys.stdin.isatty() else sys.stderr, flush=True)
+            print(shown(line), file=sys.stdout if self.is_interactive else sys.stderr, flush=True)
 
 
 def _within(sampling: Sampling, max_new_tokens: int) -> Sampling:

@@ -26,7 +26,7 @@ from fine_tune.runs.run_folder import RunFolder
 from fine_tune.sampling import Sampling
 
 WORDS = ["Berapa", "jumlah", "ibu", "kota", "negara", "provinsi", "tahun", "mata", "uang"]
-MOST, LONG = 400, 2_000
+MOST, LONG = 300, 2_000
 
 
 class Screen:
@@ -115,14 +115,14 @@ class Expected:
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def lengths(self, questions: list[str]) -> list[int]:
-        """Return the tokens of the answer to each question alone, at most ``MOST``."""
-        asked = [self.prompt([{"role": "user", "content": text}]) for text in questions]
+    def lengths(self, conversations: list[list[dict[str, str]]]) -> list[int]:
+        """Return the tokens of the next answer in each conversation, at most ``MOST``."""
+        asked = [self.prompt(turns) for turns in conversations]
         answers = [Answer(i, ids, MOST, random.Random(0)) for i, ids in enumerate(asked)]
         decoder = Decoder(self.model, self.stops, 0, Sampling(), 2**20)
         with torch.inference_mode():
             ended = {a.key: len(a.written) for a in decoder.write(answers, pytest.fail)}
-        return [ended[i] for i in range(len(questions))]
+        return [ended[i] for i in range(len(asked))]
 
     def answer(self, turns: list[dict[str, str]], *, base: bool = False) -> str:
         ids = torch.tensor([self.prompt(turns)])
@@ -162,10 +162,7 @@ def test_a_conversation_a_comparison_and_ctrl_c_in_a_terminal(
     screen, beside = screens(), screens("--compare")  # both start at once
     expected = Expected(run, talker)
     choose = random.Random(1)
-    questions = [" ".join(choose.choices(WORDS, k=4)) for _ in range(160)]
-    lengths = expected.lengths(questions)
-    long = questions[lengths.index(MOST)]
-    first, second = [q for q, n in zip(questions, lengths, strict=True) if 2 < n < 40][:2]
+    questions = [" ".join(choose.choices(WORDS, k=4)) for _ in range(100)]
 
     def user(text: str) -> dict[str, str]:
         return {"role": "user", "content": text}
@@ -176,12 +173,22 @@ def test_a_conversation_a_comparison_and_ctrl_c_in_a_terminal(
     def plain(text: str) -> str:
         return "".join(c for c in shown(text) if c.isalnum())
 
+    system = {"role": "system", "content": "Jawab singkat."}
+    alone = expected.lengths([[user(text)] for text in questions])
+    with_system = expected.lengths([[system, user(text)] for text in questions])
+    long = questions[alone.index(MOST)]
+    first = next(
+        q for q, *n in zip(questions, alone, with_system, strict=True) if 2 < min(n) <= max(n) < 60
+    )
+    answer = expected.answer([user(first)])
+    before = [user(first), assistant(answer)]
+    behind = expected.lengths([[*before, user(text)] for text in questions])
+    second = next(q for q, n in zip(questions, behind, strict=True) if 2 < n < 60)
     screen.wait_for(lambda text: text.rstrip().endswith("you>"))
     assert "conversations by the model's chat template" in screen.text()
     # a conversation: the second question comes with the first and its answer
-    answer = expected.answer([user(first)])
     assert plain(screen.say(first)) == plain(answer)
-    history = [user(first), assistant(answer), user(second)]
+    history = [*before, user(second)]
     screen.say(second)
     assert "saved 1 row" in screen.say(f"/save {tmp_path / 'chat.jsonl'}")
     saved = json.loads((tmp_path / "chat.jsonl").read_text("utf-8"))["messages"]
@@ -199,8 +206,7 @@ def test_a_conversation_a_comparison_and_ctrl_c_in_a_terminal(
     screen.say(first)
     screen.say(f"/save {tmp_path / 'system.jsonl'}")
     saved = json.loads((tmp_path / "system.jsonl").read_text("utf-8"))["messages"]
-    with_system = [{"role": "system", "content": "Jawab singkat."}, user(first)]
-    assert saved == [*with_system, assistant(expected.answer(with_system))]
+    assert saved == [system, user(first), assistant(expected.answer([system, user(first)]))]
     screen.say("/system")
     screen.say("/reset")
     # Ctrl-C in the middle of an answer stops it, and the chat goes on
