@@ -76,9 +76,21 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
     ]
     if record.get("status") == "finished":
         lines.append(f"next: python -m fine_tune test --config {config} --ckpt_path best")
+        lines += _uses(run, record)
     else:
         lines.append(resume(run))
     return lines
+
+
+def _uses(run: RunFolder, record: dict[str, Any]) -> list[str]:
+    """Lines that use what was trained, ready to paste."""
+    identity, folder = record.get("identity", {}), shlex.quote(str(run.path))
+    has_adapter = any(key.startswith("model.lora.") for key in identity)
+    rows = f"predict --config {shlex.quote(str(run.path / 'config.yaml'))} --ckpt_path best"
+    rows += " --data.predict_path IN.jsonl --output OUT.jsonl"
+    answers = [] if str(identity.get("model", "")).endswith("Reward") else [f"chat {folder}"]
+    verbs = [*answers, rows, f"{'merge' if has_adapter else 'export'} {folder}"]
+    return [f"      python -m fine_tune {verb}" for verb in verbs]
 
 
 def stopped(run: RunFolder, verb: str, signal: str) -> list[str]:
