@@ -12,7 +12,6 @@ import torch
 from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.callbacks.stop_signals import StopRequest
 from fine_tune.data.encode import Encoder
-from fine_tune.data.formats import Templates, template_fields
 from fine_tune.data.predict_loader import predict_plan
 from fine_tune.data.predict_rows import PredictItem, PredictRows
 from fine_tune.data.prompts import (
@@ -22,6 +21,7 @@ from fine_tune.data.prompts import (
     stop_ids,
     trained_format,
 )
+from fine_tune.data.templates import Templates, template_fields
 from fine_tune.errors import UserError
 from fine_tune.model_cli import ModelCLI
 from fine_tune.modules.decoding import Answer, Decoder

@@ -13,7 +13,7 @@ from rich.live import Live
 
 from fine_tune.commands.chat_output import TokenText, shown, side_by_side
 from fine_tune.commands.chat_session import Exchange, Session, help_lines, unknown_command
-from fine_tune.data.formats import RowError
+from fine_tune.data.templates import RowError
 from fine_tune.device_memory import is_out_of_memory
 from fine_tune.errors import UserError
 from fine_tune.sampling import Sampling

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from fine_tune.data.formats import PREFERENCE, FormatName
+from fine_tune.data.formats import FormatName
 from fine_tune.data.options import Split
 from fine_tune.data.sources import Source
 from fine_tune.data.split import SPLITS, check_split
+from fine_tune.data.templates import PREFERENCE
 from fine_tune.errors import UserError
 
 

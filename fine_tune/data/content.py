@@ -6,15 +6,9 @@ Rows are split and compared by them, so that another wording of the template mov
 import string
 from typing import Any, NamedTuple
 
-from fine_tune.data.formats import (
-    FORMATS,
-    PREFERENCE,
-    Example,
-    Row,
-    Templates,
-    field_text,
-)
+from fine_tune.data.formats import FORMATS, Example
 from fine_tune.data.preferences import preference
+from fine_tune.data.templates import PREFERENCE, Row, Templates, field_text
 
 
 class OwnWords(NamedTuple):

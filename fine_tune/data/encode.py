@@ -13,7 +13,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fine_tune.data.formats import Example, RowError
+from fine_tune.data.formats import Example
+from fine_tune.data.templates import RowError
 from fine_tune.errors import UserError
 from fine_tune.losses import IGNORE_INDEX
 

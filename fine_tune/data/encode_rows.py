@@ -12,10 +12,11 @@ from datasets import Dataset, Features, Value
 
 from fine_tune.data.encode import Encoder
 from fine_tune.data.files import rows_of
-from fine_tune.data.formats import FORMATS, PREFERENCE, RowError
+from fine_tune.data.formats import FORMATS
 from fine_tune.data.parts import MAX_ROW_ERRORS, Part
 from fine_tune.data.preferences import encode_pairs, pair_segments, preference
 from fine_tune.data.sources import locate_row
+from fine_tune.data.templates import PREFERENCE, RowError
 from fine_tune.errors import UserError
 from fine_tune.losses import num_supervised_targets
 

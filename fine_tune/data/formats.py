@@ -4,16 +4,21 @@ Each format is one function ``(row, source) -> Example``; the example says which
 """
 
 import json
-import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from fine_tune.data.templates import (
+    EmptyCompletion,
+    Row,
+    RowError,
+    Templates,
+    field_text,
+    fill,
+    short,
+)
 from fine_tune.errors import UserError, nearest
 
-Row = Mapping[str, Any]
 FormatName = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text"]
-PREFERENCE: Literal["preference"] = "preference"  # pairs: a data module of its own reads them
 
 
 class Example(TypedDict, total=False):
@@ -24,34 +29,6 @@ class Example(TypedDict, total=False):
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     text: str
-
-
-@dataclass(frozen=True)
-class Templates:
-    """How to read the rows of one source: a format name, and templates of the fields that formats name."""
-
-    format: str | None
-    prompt: str | None
-    completion: str | None
-    chosen: str | None = None
-    rejected: str | None = None
-
-    def given(self) -> dict[str, str]:
-        """Return the templates that are given, by the field each stands for."""
-        names = ("prompt", "completion", "chosen", "rejected")
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-
-
-class RowError(Exception):
-    """A row that does not have what its format wants; the caller adds the file and the row's number."""
-
-
-class EmptyCompletion(RowError):
-    """A row with nothing to learn: refused, or left out and counted, as ``data.empty_completions`` says."""
-
-
-class SameAnswers(EmptyCompletion):
-    """A pair whose chosen and rejected answers are the same."""
 
 
 def detect_format(columns: list[str], templates: Templates, where: str) -> str:
@@ -84,36 +61,6 @@ def detect_format(columns: list[str], templates: Templates, where: str) -> str:
     )
 
 
-def check_templates(templates: Templates, columns: list[str], where: str) -> None:
-    """Refuse templates that are malformed or name fields the rows do not have.
-
-    Raises:
-        UserError: One line per field that is missing, with the fields seen.
-    """
-    given = templates.given()
-    pair = ("chosen", "rejected") if templates.format == PREFERENCE else ("prompt", "completion")
-    for absent, other in (pair, pair[::-1]):
-        if other in given and absent not in given and absent not in columns:
-            raise UserError(
-                f"{where}: data.{other} is given but data.{absent} is not, and no field has that name"
-            )
-    if templates.format == PREFERENCE and not {*given, *columns} >= {"chosen", "rejected"}:
-        raise UserError(
-            f"{where}: pairs have the fields 'chosen' and 'rejected' (and 'prompt'), the rows have {sorted(columns)}; "
-            "or say how to read them with data.prompt, data.chosen and data.rejected"
-        )
-    problems = []
-    for key, template in given.items():
-        for name in template_fields(template, f"data.{key}"):
-            if name not in columns:
-                problems.append(
-                    f"{where}: data.{key} wants the field '{name}', the rows have {sorted(columns)}"
-                    f"{nearest(name, columns)}"
-                )
-    if problems:
-        raise UserError(*problems)
-
-
 def prompt_completion(row: Row, templates: Templates) -> Example:
     """``prompt`` and ``completion`` as fields, or as templates over any fields."""
     prompt = (
@@ -135,15 +82,15 @@ def messages(row: Row, _: Templates) -> Example:
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
             raise RowError(
-                f"messages[{i}] must be an object with 'role' and 'content', got {_short(turn)}"
+                f"messages[{i}] must be an object with 'role' and 'content', got {short(turn)}"
             )
         if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
             raise RowError(
-                f"messages[{i}].content must be a text, got {_short(turn.get('content'))}"
+                f"messages[{i}].content must be a text, got {short(turn.get('content'))}"
             )
         if not isinstance(turn.get("tool_calls"), list | None):
             raise RowError(
-                f"messages[{i}].tool_calls must be a list, got {_short(turn['tool_calls'])}"
+                f"messages[{i}].tool_calls must be a list, got {short(turn['tool_calls'])}"
             )
     turns = _without_nulls(turns)
     check_roles([str(turn["role"]) for turn in turns])
@@ -189,7 +136,7 @@ def sharegpt(row: Row, _: Templates) -> Example:
             or not isinstance(turn.get("value"), str)
         ):
             raise RowError(
-                f"conversations[{i}] must have 'from' in {sorted(roles)} and a text 'value': {_short(turn)}"
+                f"conversations[{i}] must have 'from' in {sorted(roles)} and a text 'value': {short(turn)}"
             )
         turns.append({"role": roles[turn["from"]], "content": turn["value"]})
     check_roles([turn["role"] for turn in turns])
@@ -214,21 +161,6 @@ FORMATS: dict[str, Callable[[Row, Templates], Example]] = {
 }
 
 
-def field_text(row: Row, name: str) -> str:
-    """Return a field that must be a text or a number, as text."""
-    if name not in row:
-        raise RowError(
-            f"the field '{name}' is missing; the row has {sorted(row)}{nearest(name, list(row))}"
-        )
-    value = row[name]
-    if value is None:
-        raise RowError(f"the field '{name}' is null; a text is wanted")
-    is_number = isinstance(value, int | float) and str(value) not in ("nan", "inf", "-inf")
-    if isinstance(value, bool) or not (isinstance(value, str) or is_number):
-        raise RowError(f"the field '{name}' must be a text or a number, got {_short(value)}")
-    return str(value)
-
-
 def check_roles(roles: list[str]) -> None:
     """Refuse a conversation whose roles are unknown, out of order, or without an assistant turn."""
     allowed = ("system", "user", "assistant", "tool")
@@ -249,50 +181,17 @@ def check_roles(roles: list[str]) -> None:
         raise RowError("no assistant turn, so nothing to learn")
 
 
-def template_fields(template: str, key: str) -> list[str]:
-    """Return the names of the fields in a template, which the setting ``key`` gave.
-
-    Raises:
-        UserError: It is malformed.
-    """
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(
-            f"{key}: {error} in {template!r}; write a literal brace as {{{{ or }}}}"
-        ) from error
-    names = [name for _, name, _, _ in parts if name is not None]
-    bad = [
-        name for name in names if not name or not name.replace("_", "a").replace("-", "a").isalnum()
-    ]
-    if bad:
-        raise UserError(
-            f"{key}: '{{{bad[0]}}}' is not a field name; a template holds names of fields only"
-        )
-    return names
-
-
 def _refuse_empty_answers(turns: list[dict[str, Any]]) -> None:
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     if not any(str(a.get("content") or "").strip() or a.get("tool_calls") for a in answers):
         raise EmptyCompletion("every assistant turn is empty")
 
 
-def fill(template: str, row: Row) -> str:
-    """Put a row's fields into a template."""
-    parts = []
-    for literal, name, _, _ in string.Formatter().parse(template):
-        parts.append(literal)
-        if name is not None:
-            parts.append(field_text(row, name))
-    return "".join(parts)
-
-
 def _list(row: Row, name: str) -> list[Any]:
     value = row.get(name)
     if not isinstance(value, list) or not value:
         raise RowError(
-            f"the field '{name}' must be a list of turns, got {_short(value)}; the row has {sorted(row)}"
+            f"the field '{name}' must be a list of turns, got {short(value)}; the row has {sorted(row)}"
         )
     return value
 
@@ -304,7 +203,7 @@ def _tools(value: Any) -> list[Any] | None:
         except ValueError as error:
             raise RowError(f"the field 'tools' is a text but not JSON: {error}") from error
     if value is not None and not isinstance(value, list):
-        raise RowError(f"the field 'tools' must be a list of JSON schemas, got {_short(value)}")
+        raise RowError(f"the field 'tools' must be a list of JSON schemas, got {short(value)}")
     return _without_nulls(value) or None
 
 
@@ -313,8 +212,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"

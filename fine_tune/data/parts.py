@@ -8,14 +8,7 @@ from datasets import Dataset
 
 from fine_tune.data.content import own_words
 from fine_tune.data.files import fields_of, rows_of
-from fine_tune.data.formats import (
-    EmptyCompletion,
-    Row,
-    RowError,
-    SameAnswers,
-    check_templates,
-    detect_format,
-)
+from fine_tune.data.formats import detect_format
 from fine_tune.data.options import Options, Split
 from fine_tune.data.sources import ALL, Source, locate_row
 from fine_tune.data.split import (
@@ -26,6 +19,7 @@ from fine_tune.data.split import (
     is_counts,
     recommended_ratios,
 )
+from fine_tune.data.templates import EmptyCompletion, Row, RowError, SameAnswers, check_templates
 from fine_tune.errors import UserError, nearest
 
 MAX_ROW_ERRORS = 10

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fine_tune.data.encode import Encoder, Segment, truncate
 from fine_tune.data.files import JSON_ROW, fields_of, rows_of
-from fine_tune.data.formats import PREFERENCE, Example, Row, RowError, template_fields
+from fine_tune.data.formats import Example
 from fine_tune.data.options import Options
 from fine_tune.data.parts import MAX_ROW_ERRORS
 from fine_tune.data.prompts import (
@@ -26,6 +26,7 @@ from fine_tune.data.prompts import (
 )
 from fine_tune.data.scored import scored_answers
 from fine_tune.data.sources import Source, fingerprint, locate_row, read_source
+from fine_tune.data.templates import PREFERENCE, Row, RowError, template_fields
 from fine_tune.errors import UserError, nearest
 
 KEY = "data.predict_path"

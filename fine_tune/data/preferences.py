@@ -7,16 +7,15 @@ import math
 from typing import Any, TypedDict
 
 from fine_tune.data.encode import EncodedRow, Encoder, Segment, Truncation
-from fine_tune.data.formats import (
+from fine_tune.data.formats import Example, messages
+from fine_tune.data.templates import (
     EmptyCompletion,
-    Example,
     Row,
     RowError,
     SameAnswers,
     Templates,
     field_text,
     fill,
-    messages,
 )
 from fine_tune.losses import IGNORE_INDEX
 

@@ -5,19 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fine_tune.data.encode import Encoder, Segment
-from fine_tune.data.formats import (
-    FORMATS,
-    PREFERENCE,
-    Example,
-    Row,
-    RowError,
-    Templates,
-    detect_format,
-    field_text,
-    fill,
-)
+from fine_tune.data.formats import FORMATS, Example, detect_format
 from fine_tune.data.preferences import common_prompt
 from fine_tune.data.sources import Source
+from fine_tune.data.templates import PREFERENCE, Row, RowError, Templates, field_text, fill
 from fine_tune.errors import UserError
 
 STANDS_FOR_AN_ANSWER = "?"

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fine_tune.data.formats import (
+from fine_tune.data.formats import Example
+from fine_tune.data.preferences import preference
+from fine_tune.data.prompts import asked
+from fine_tune.data.templates import (
     PREFERENCE,
-    Example,
     Row,
     RowError,
     Templates,
@@ -13,8 +15,6 @@ from fine_tune.data.formats import (
     fill,
     template_fields,
 )
-from fine_tune.data.preferences import preference
-from fine_tune.data.prompts import asked
 
 ANSWERS = ("completion", "prediction", "answer")  # in this order
 

@@ -9,7 +9,8 @@ from typing import Literal
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from fine_tune.data.files import KINDS, lines_of, read_files
-from fine_tune.data.formats import FormatName, Templates
+from fine_tune.data.formats import FormatName
+from fine_tune.data.templates import Templates
 from fine_tune.errors import UserError
 
 SPLIT_NAMES = {

@@ -4,7 +4,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune.data.encode import EncodedRow, Encoder, truncate
-from fine_tune.data.formats import Example, RowError
+from fine_tune.data.formats import Example
+from fine_tune.data.templates import RowError
 from fine_tune.losses import IGNORE_INDEX
 
 CHATML = (

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from fine_tune.data.formats import FORMATS, RowError, Templates, check_templates, detect_format
+from fine_tune.data.formats import FORMATS, detect_format
+from fine_tune.data.templates import RowError, Templates, check_templates
 from fine_tune.errors import UserError
 
 NONE = Templates(None, None, None)

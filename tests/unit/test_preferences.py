@@ -7,8 +7,8 @@ import pytest
 
 from fine_tune.data.content import own_words
 from fine_tune.data.encode import EncodedRow
-from fine_tune.data.formats import EmptyCompletion, RowError, Templates
 from fine_tune.data.preferences import common_prompt, encode_pair, preference
+from fine_tune.data.templates import EmptyCompletion, RowError, Templates
 from fine_tune.losses import IGNORE_INDEX as NO
 
 PLAIN = Templates("preference", None, None)
