@@ -53,6 +53,7 @@ class PredictCLI(ModelCLI):
         sampling: Sampling = self._get(self.config_init, "sampling")
         self.place, max_new_tokens = self._checked(sampling)
         self.model.predicting = Predicting(sampling, max_new_tokens or 0)
+        self.model.starts_from_checkpoint = self.place.checkpoint is not None
         rows = self.datamodule.predict_rows
         self.output = OutputFile(
             Path(self.settings.output),
