@@ -12,8 +12,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from fine_tune.errors import UserError, nearest
-from fine_tune.misread import forbids_null, misread_text, names_class
+from fine_tune.misread import forbids_null, misread_text
 from fine_tune.parser_reports import innermost
+from fine_tune.setting_rules import looks_secret, rule_problems, where
 from fine_tune.settings import Setting, flag_problems, plain, read_yaml, split_flags
 
 SECTIONS = {"model": LightningModule, "data": LightningDataModule}
@@ -29,8 +30,6 @@ LINKED = {
     "data.tokenizer": "model.tokenizer",
     "data.tokenizer_revision": "model.revision",
 }
-SECRET_KEY = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|[0-9a-f]{40})\b")
 
 
 def check_settings(args: list[str], parser: Any, classes: dict[str, type]) -> None:
@@ -60,7 +59,7 @@ def check_settings(args: list[str], parser: Any, classes: dict[str, type]) -> No
         {action.dest.split(".")[0] for action in parser._actions if action.dest != "help"}
     )
     parsers = _Parsers(parser, classes)
-    problems += _classless(settings) + _more_than_auto(settings) + _no_optimizers(settings)
+    problems += rule_problems(settings)
     for setting in settings:
         problems += _check_setting(setting, top_level, parsers, classes)
     if problems:
@@ -153,21 +152,21 @@ def _check_setting(
     classes: dict[str, type],
 ) -> list[str]:
     section, _, rest = setting.key.partition(".")
-    secret = _looks_secret(setting)
+    secret = looks_secret(setting)
     if secret:
         return [secret]
     if section not in top_level:
         inner = [f"{name}.{field}" for name in classes for field in _names(parsers[name])]
         hint = nearest(section, top_level) or nearest(setting.key, inner)
-        return [f"{_where(setting)}: unknown {_kind(setting, section)}{hint}"]
+        return [f"{where(setting)}: unknown {_kind(setting, section)}{hint}"]
     if setting.from_flag and (wrong := flag_problems(setting)):
         return wrong
     if not rest and section in SECTIONS and not isinstance(setting.value, str):
-        return [f"{_where(setting)}: {section}: a class is wanted; set {section}.class_path"]
+        return [f"{where(setting)}: {section}: a class is wanted; set {section}.class_path"]
     if not rest and section in classes and section not in SECTIONS:
         return _not_a_section(setting)
     if setting.key in LINKED and setting.value is not None:
-        return [f"{_where(setting)}: {setting.key}: is the model's; set {LINKED[setting.key]}"]
+        return [f"{where(setting)}: {setting.key}: is the model's; set {LINKED[setting.key]}"]
     if not rest and section in _names(parsers[TOP]):
         return _check_value(setting, section, section, parsers[TOP], None)
     of_class = rest == "class_path" and section in SECTIONS
@@ -181,7 +180,7 @@ def _check_setting(
         if close and setting.from_flag:
             close = close.replace("'", f"'--{section}.", 1)
         return [
-            f"{_where(setting)}: unknown {_kind(setting, name)} of {classes[section].__name__}{close}"
+            f"{where(setting)}: unknown {_kind(setting, name)} of {classes[section].__name__}{close}"
         ]
     return _check_value(setting, name, rest, parser, classes[section])
 
@@ -189,9 +188,9 @@ def _check_setting(
 def _check_value(
     setting: Setting, name: str, rest: str, parser: ArgumentParser, cls: type | None
 ) -> list[str]:
-    where = f"{_where(setting)}: {setting.key}"
+    key = f"{where(setting)}: {setting.key}"
     if setting.value is None and (forbidden := forbids_null(parser, name)):
-        return [f"{where}: {forbidden}"]
+        return [f"{key}: {forbidden}"]
     try:
         if setting.from_flag:
             parser.parse_args([f"--{rest}={setting.value}"], _skip_validation=True)
@@ -201,71 +200,12 @@ def _check_value(
         if cls is Trainer and name in CLASSES_BY_PATH:
             return []
         if name == "optimizer" and "class_path" not in str(error) and "accepted" not in str(error):
-            return [f"{where}: '{setting.value}' is not an optimizer; like torch.optim.AdamW"]
+            return [f"{key}: '{setting.value}' is not an optimizer; like torch.optim.AdamW"]
         if rest in ALLOWED and not isinstance(plain(setting), dict):
-            return [f"{where}: {ALLOWED[rest]}; got {str(setting.value)!r:.80}"]
-        return [f"{where}: {innermost(str(error), cls, name)}"]
+            return [f"{key}: {ALLOWED[rest]}; got {str(setting.value)!r:.80}"]
+        return [f"{key}: {innermost(str(error), cls, name)}"]
     told = misread_text(setting.value, got)
-    return [f"{where}: {told}"] if told else []
-
-
-def _classless(settings: list[Setting]) -> list[str]:
-    """Find a YAML's options of an optimizer that nothing names: jsonargparse drops them, a flag's not."""
-    key = "model.optimizer"
-    given = [s for s in settings if s.key == key]
-    if any(s.key == f"{key}.class_path" for s in settings) or any(map(names_class, given)):
-        return []
-    return [
-        f"{s.where}: {key}: {' and '.join(map(str, s.value)) or 'nothing'} without class_path; "
-        "name the class, like torch.optim.AdamW"
-        for s in given
-        if isinstance(s.value, dict)
-    ]
-
-
-def _no_optimizers(settings: list[Setting]) -> list[str]:
-    """Find anything but an optimizer where one is named: building it would call it, and it may do anything."""
-    problems = []
-    for setting in settings:
-        if setting.key not in ("model.optimizer", "model.optimizer.class_path"):
-            continue
-        value = plain(setting)
-        path = value.get("class_path") if isinstance(value, dict) else value
-        if isinstance(path, str) and "." in path and not _is_optimizer(path):
-            problems.append(
-                f"{_where(setting)}: model.optimizer: '{path:.120}' is not an optimizer; like torch.optim.AdamW"
-            )
-    return problems
-
-
-def _is_optimizer(path: str) -> bool:
-    from torch.optim import Optimizer
-
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, TypeError):
-        return False
-    return inspect.isclass(found) and issubclass(found, Optimizer)
-
-
-def _more_than_auto(settings: list[Setting]) -> list[str]:
-    """Find options of LoRA beside ``lora: auto``, which chooses them all."""
-    given = [setting for setting in settings if setting.key.startswith("model.lora")]
-    auto = [setting for setting in given if setting.key == "model.lora"]
-    if not auto or auto[-1].value != "auto":
-        return []
-    return [
-        f"{_where(s)}: {s.key}: model.lora: auto chooses it; leave auto out to set it yourself"
-        for s in given[given.index(auto[-1]) + 1 :]
-        if s.key.removeprefix("model.lora.").removeprefix("init_args.") in _lora_fields()
-    ]
-
-
-def _lora_fields() -> list[str]:
-    from peft import LoraConfig
-
-    return list(inspect.signature(LoraConfig).parameters)
+    return [f"{key}: {told}"] if told else []
 
 
 def asks_for_help(args: list[str]) -> bool:
@@ -278,7 +218,7 @@ def _not_a_section(setting: Setting) -> list[str]:
     if isinstance(value, dict):
         return []
     return [
-        f"{_where(setting)}: {setting.key}: a mapping of keys is wanted, got {value!r:.60}; "
+        f"{where(setting)}: {setting.key}: a mapping of keys is wanted, got {value!r:.60}; "
         f"as flags, set its keys: --{setting.key}.<key>"
     ]
 
@@ -293,22 +233,5 @@ def _names(parser: ArgumentParser) -> list[str]:
     )
 
 
-def _where(setting: Setting) -> str:
-    return "command line" if setting.from_flag else setting.where
-
-
 def _kind(setting: Setting, name: str) -> str:
     return f"flag '{setting.where}'" if setting.from_flag else f"key '{name}'"
-
-
-def _looks_secret(setting: Setting) -> str | None:
-    last = setting.key.split(".")[-1]
-    if not isinstance(setting.value, str) or "revision" in last:
-        return None
-    named = SECRET_KEY.search(last) and last != "tokenizer"
-    if setting.value and (named or SECRET_VALUE.search(setting.value)):
-        return (
-            f"{_where(setting)}: '{setting.key}' looks like a secret; "
-            "put it in the environment (HF_TOKEN, WANDB_API_KEY)"
-        )
-    return None

@@ -23,7 +23,6 @@ from fine_tune.runs.run_folder import LOGS, check_name
 from fine_tune.saved_config import RunConfig
 from fine_tune.settings import take_templates
 from fine_tune.trainer_settings import (
-    check_trainer,
     choose_precision,
     target_problems,
     trainer_problems,
@@ -257,26 +256,6 @@ class SettingsCLI(LightningCLI):
                 init_args=Namespace(**changed_fields(self.model.model_settings.lora)),
             )
         return chosen
-
-
-class PreparedCLI(SettingsCLI):
-    """Parse, check and prepare the data as ``fit`` does, and stop before anything is claimed or loaded."""
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        check_trainer(self.settings.trainer)
-        self.check_before_weights()
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing: the caller looks at ``plan``, ``datamodule``, ``model`` and ``chosen``."""
-
-
-def prepare_as_fit(args: list[str]) -> PreparedCLI:
-    """Take fit's flags as far as its data and its settings, without weights and without a run folder.
-
-    Raises:
-        UserError: What ``fit`` would refuse.
-    """
-    return run_cli(PreparedCLI, ["fit", *args], StopRequest())
 
 
 def run_cli(cli: type[CLI], args: list[str], stop: StopRequest) -> CLI:

@@ -12,9 +12,9 @@ from fine_tune import summary
 from fine_tune.batches import DataPlan
 from fine_tune.commands.shown_rows import shown_row
 from fine_tune.exits import exit_code
+from fine_tune.prepared_cli import prepare_as_fit
 from fine_tune.printable import printable
 from fine_tune.settings import read_yaml, split_flags
-from fine_tune.settings_cli import prepare_as_fit
 
 BAR_WIDTH = 40
 SHOWN_PAIRS = 5

@@ -16,10 +16,10 @@ from fine_tune.errors import UserError
 from fine_tune.exits import exit_code
 from fine_tune.loggers import METRICS_FILE
 from fine_tune.modules.run_identity import differences
+from fine_tune.prepared_cli import prepare_as_fit
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
-from fine_tune.settings_cli import prepare_as_fit
 
 # The data does not depend on the machine, and the run's may not be at hand.
 ANY_MACHINE = [

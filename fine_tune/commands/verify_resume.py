@@ -23,9 +23,9 @@ from fine_tune.callbacks.step_rows import FOLDER
 from fine_tune.errors import UserError
 from fine_tune.exits import exit_code
 from fine_tune.loggers import METRICS_FILE
+from fine_tune.prepared_cli import prepare_as_fit
 from fine_tune.runs.checkpoint import TRAINING_STATE
 from fine_tune.runs.run_folder import LOGS, RunFolder
-from fine_tune.settings_cli import prepare_as_fit
 
 DEFAULT_STEPS = 8
 SHOWN_LINES = 20

@@ -4,11 +4,11 @@ import time
 from typing import Any
 
 from fine_tune import __version__
-from fine_tune.report.analysis import window
 from fine_tune.report.blocks import Block, Charts, Page, Section, Sentences, Table
 from fine_tune.report.charts import SERIES, Drawing, Line, draw, smoothed
 from fine_tune.report.cost import commands, peak_gib, trained_tokens
 from fine_tune.report.findings import analysis_of, sentence
+from fine_tune.report.noise import window
 from fine_tune.report.record import RunRecord
 from fine_tune.report.results import interval_of, shown_interval
 from fine_tune.report.words import Words

@@ -1,8 +1,8 @@
 """How training went, drawn: loss, learning rate, gradient norm, speed, memory, rewards; events marked."""
 
-from fine_tune.report.analysis import window
 from fine_tune.report.blocks import Block, Charts, Section, Sentences
 from fine_tune.report.charts import Drawing, Line, Mark, draw, smoothed
+from fine_tune.report.noise import window
 from fine_tune.report.record import Curve, RunRecord
 from fine_tune.report.words import Words
 

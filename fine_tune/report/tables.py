@@ -1,7 +1,7 @@
 """How training went, in tables: every N-th step, and every evaluation."""
 
-from fine_tune.report.analysis import mean_until
 from fine_tune.report.blocks import Section, Sentences, Table
+from fine_tune.report.noise import mean_until
 from fine_tune.report.record import RunRecord
 from fine_tune.report.words import Words
 

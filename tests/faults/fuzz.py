@@ -30,8 +30,8 @@ from harness import REPOSITORY, TOKENIZER
 
 from fine_tune.data import SFTData
 from fine_tune.exits import exit_code
+from fine_tune.prepared_cli import PreparedCLI, prepare_as_fit
 from fine_tune.quiet import quiet_libraries
-from fine_tune.settings_cli import PreparedCLI, prepare_as_fit
 
 SECONDS = 60
 OURS = ("given.yaml", "rows", "base", "mutated")

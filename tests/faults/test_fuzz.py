@@ -13,8 +13,8 @@ from harness import TOKENIZER, CommandLine, Outcome
 
 from fine_tune.data import SFTData
 from fine_tune.errors import UserError, printable
+from fine_tune.prepared_cli import prepare_as_fit
 from fine_tune.settings import read_yaml
-from fine_tune.settings_cli import prepare_as_fit
 
 
 def test_a_short_fuzz_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

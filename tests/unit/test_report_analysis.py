@@ -6,17 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fine_tune.report.analysis import (
-    Analysis,
-    Evidence,
-    analyse,
-    gap,
-    gradients,
-    mean_until,
-    noise,
-)
+from fine_tune.report.analysis import Analysis, Evidence, analyse, gap, gradients
 from fine_tune.report.charts import smoothed, thinned
 from fine_tune.report.intervals import wilson
+from fine_tune.report.noise import mean_until, noise
 from fine_tune.report.record import Curve
 from fine_tune.report.tables import interval
 from fine_tune.report.targets import judge
