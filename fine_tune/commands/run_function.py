@@ -3,7 +3,8 @@
 import inspect
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -17,7 +18,6 @@ POSITIONAL = "run"  # what may be typed without a flag
 def run_function(verb: str, function: Callable[..., Any], args: list[str]) -> int:
     """Parse ``args`` by the function's signature and call it; return the exit code."""
     start_console()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half done is cleaned up
     parser = ArgumentParser(prog=f"python -m fine_tune {verb}", exit_on_error=False)
     positional = POSITIONAL in inspect.signature(function).parameters
     parser.add_function_arguments(function, as_positional=positional)
@@ -32,9 +32,20 @@ def run_function(verb: str, function: Callable[..., Any], args: list[str]) -> in
             values = parser.parse_args(args)
         except Exception as error:  # jsonargparse raises errors of several classes
             raise UserError(str(error).strip()) from error
-        function(**values.as_dict())
+        with exits_on_sigterm():
+            function(**values.as_dict())
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def exits_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise ``SystemExit(143)``, so that what is half done is cleaned up."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

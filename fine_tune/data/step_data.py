@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan
@@ -20,15 +19,10 @@ from fine_tune.data.origins import data_content, locate_rows
 from fine_tune.data.predict_loader import PredictLoader, predict_plan
 from fine_tune.data.predict_rows import PredictRows, read_predict_rows
 from fine_tune.data.prepare import prepare
+from fine_tune.data.row_loader import RowLoader
 from fine_tune.data.sealed import SEALED, SealedTest
 from fine_tune.data.sources import Source
-from fine_tune.data.steps import (
-    StepLoader,
-    StepSampler,
-    evaluation_batches,
-    leave_sigterm_to_parent,
-    rows_per_epoch,
-)
+from fine_tune.data.steps import StepLoader, StepSampler, evaluation_batches, rows_per_epoch
 from fine_tune.data.token_cache import PreparedData
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
@@ -275,10 +269,10 @@ class StepData(LightningDataModule):
         )
         return StepLoader(self._view(rows), sampler, self._collator(), num_workers=self.num_workers)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> RowLoader[Any] | list[Any]:
         return self._evaluation_loader("validation") if "validation" in self.plan.num_rows else []
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> RowLoader[Any]:
         return self._evaluation_loader("test")
 
     def read_predict_rows(self, max_length: int | None, max_new_tokens: int | None) -> PredictRows:
@@ -305,19 +299,18 @@ class StepData(LightningDataModule):
         assert self.predict_rows is not None, "read_predict_rows() comes first"
         return PredictLoader(self.predict_rows, self.rows_done)
 
-    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+    def _evaluation_loader(self, split: str) -> RowLoader[Any]:
         batches = evaluation_batches(
             self.lengths(split),
             self.eval_batch_size or self.plan.batch_size,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
         )
-        return DataLoader(
+        return RowLoader(
             self._view(self.rows(split)),
             batch_sampler=batches,
             collate_fn=self._collator(),
             num_workers=self.num_workers,
-            worker_init_fn=leave_sigterm_to_parent,
         )
 
     def _collator(self) -> Callable[[Any], Any]:

@@ -1,12 +1,13 @@
 """Which rows make step s: a pure function of (seed, epoch, step), so resuming is a computation, not a replay."""
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+
+from fine_tune.data.row_loader import RowLoader
 
 
 def rows_per_epoch(weights: np.ndarray) -> int:
@@ -118,12 +119,11 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self.sampler.start = self.num_handed_over
-        loader: DataLoader[Any] = DataLoader(
+        loader: RowLoader[Any] = RowLoader(
             self.rows,
             batch_sampler=self.sampler,
             collate_fn=self.collate,
             num_workers=self.num_workers,
-            worker_init_fn=leave_sigterm_to_parent,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
@@ -135,11 +135,6 @@ class StepLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.num_handed_over = state["num_handed_over"]
-
-
-def leave_sigterm_to_parent(_: int) -> None:
-    """Let a data worker live on: a cluster signals every process of a run, and the run still needs its batches."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def evaluation_batches(

@@ -29,7 +29,7 @@ def defect(step: int, message: str = "a defect", where: str = "step") -> list[st
 def test_an_exception_keeps_its_traceback_and_ends_with_the_resume_command(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, where: str
 ) -> None:
-    args = [*fit_args, "--checkpoint.every", "2"]
+    args = [*fit_args, "--checkpoint.every", "2", "--data.num_workers", "2"]
     straight = command_line("fit", *args, "--name", "straight")
     process = start([*args, *defect(5, where=where)], tmp_path)
     _, err = process.communicate(timeout=100)

@@ -119,8 +119,9 @@ def test_a_second_ctrl_c_stops_now_and_the_last_whole_checkpoint_resumes(
 
 @pytest.mark.parametrize("hook", ["setup", "train_start"])
 def test_a_signal_before_the_first_step_stops_at_once(
-    command_line: CommandLine, fit_args: list[str], hook: str
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, hook: str
 ) -> None:
+    assert command_line("merge", tmp_path).code == 2  # left the handler of its own behind once
     stopped = command_line("fit", *fit_args, *signal_at("SIGTERM", hook=hook))
     assert stopped.code == 143
     assert "before anything was saved" in stopped.out
