@@ -16,9 +16,10 @@ PROGRAM = """
         return batch
 
     def iterate():
-        for batch in RowLoader(range(100), batch_size=1, collate_fn=row, num_workers=2):
+        batches = iter(RowLoader(range(100), batch_size=1, collate_fn=row, num_workers=2))
+        for batch in batches:
             if sys.argv[1] == "process" and batch == [5]:
-                raise ValueError("row 5 is broken")
+                raise ValueError("row 5 is broken")  # the traceback holds ``batches``
 
     iterate()
 """
