@@ -6,24 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fine_tune import adapters, models
 from fine_tune.errors import UserError
 from fine_tune.model_config import first_line
 from fine_tune.modules.model_settings import ModelSettings
-from fine_tune.modules.precision import weights_dtype
-from fine_tune.modules.weights import restore_weights
+from fine_tune.modules.weights import load_weights, restore_weights
 from fine_tune.runs.run_folder import RunFolder
 from fine_tune.runs.stored_checkpoints import newest_whole
 
 log = logging.getLogger("fine_tune")
 HEADS: dict[str, models.Head] = {"SFT": "lm", "DPO": "lm", "Pretrain": "lm", "Reward": "score"}
-QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 MODEL_FIELDS = (
     *("model_name_or_path", "revision", "from_config", "tokenizer"),
     *("attn_implementation", "quantization"),
@@ -59,14 +55,20 @@ class TrainedModel:
         return models.load_tokenizer("tokenizer", str(self.checkpoint), None)
 
     def load(self) -> Any:
-        """Load it to answer: the base quantized as it was for training, all arithmetic in float32.
+        """Load it as it was for training: an adapter on its base, frozen and quantized as then.
 
         Raises:
             UserError: The base is gone, or another one than the adapter was trained on.
         """
-        config = self.model_config()
+        settings, tokenizer = self.settings, self.tokenizer
+        settings.take_stored(self.model_config())
         with chdir(self.directory):
-            return self._load(config)
+            model = load_weights(settings, tokenizer, str(self.config["trainer"]["precision"]))
+            restore_weights(model, settings, self.checkpoint)
+        if settings.head == "score":  # where transformers reads a score
+            tokenizer.pad_token = models.scoring_pad(tokenizer)
+            model.config.pad_token_id = tokenizer.pad_token_id
+        return model.eval()
 
     def model_config(self) -> PreTrainedConfig:
         """Return the model's config, as the run resolved it.
@@ -81,35 +83,6 @@ class TrainedModel:
             moved = "base_model: if the base was moved, give its place now: --base_model FOLDER"
             missing = any("does not exist" in problem for problem in error.problems)
             raise UserError(*error.problems, *([moved] if missing else [])) from error
-
-    def _load(self, config: PreTrainedConfig) -> Any:
-        settings, quantization = self.settings, None
-        if settings.head == "score":  # where transformers reads a score
-            tokenizer = self.tokenizer
-            tokenizer.pad_token = models.scoring_pad(tokenizer)
-            config.pad_token_id = tokenizer.pad_token_id
-        if not self.trains_adapter:
-            return models.load_model(config, str(self.checkpoint), head=settings.head).eval()
-        settings.take_stored(config)
-        precision = str(self.config["trainer"]["precision"])
-        frozen = weights_dtype(settings.dtype, precision, frozen=True)
-        if settings.quantized:
-            kind = settings.quantized
-            quantization = models.quantization_config(kind, torch.float32, settings.head)
-        name, revision = settings.base
-        base = models.load_model(
-            config,
-            name,
-            revision=revision,
-            dtype=frozen,
-            attn_implementation=settings.attn_implementation,
-            quantization=quantization,
-            head=settings.head,
-        )
-        models.widen(base)
-        model = adapters.add_lora(base, settings.lora, name, settings.head)
-        restore_weights(model, settings, self.checkpoint)
-        return model.eval()
 
 
 def trained_model(run: RunFolder, which: str = "best", base: str | None = None) -> TrainedModel:
@@ -154,29 +127,6 @@ def _directory(run: RunFolder) -> Path:
     commands = run.read().get("commands") or [{}]
     directory = Path(str(dict(commands[-1]).get("directory", ".")))
     return directory if directory.is_dir() else Path()
-
-
-def on_dequantized_base(model: Any, settings: ModelSettings) -> Any:
-    """Move an adapter from its quantized base to the same base as float32 numbers: what it was trained against.
-
-    Args:
-        model: A peft model, whose adapter is taken off; its 4-bit or 8-bit weights are freed on the way.
-        settings: The run's.
-    """
-    adapter = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-    for module in model.modules():
-        if isinstance(
-            module, ModulesToSaveWrapper
-        ):  # unload() would leave the trained copy in the base
-            for copy_of in module.modules_to_save.values():
-                copy_of.load_state_dict(module.original_module.state_dict())
-    is_quantized = any(type(module).__name__ in QUANTIZED_LAYERS for module in model.modules())
-    base = model.unload()  # bitsandbytes leaves some kinds of layers as they are, like Falcon's
-    dense = adapters.dense_copy(base.dequantize() if is_quantized else base, settings.head)
-    models.widen(dense)
-    moved: PeftModel = adapters.add_lora(dense, settings.lora, None, settings.head)
-    set_peft_model_state_dict(moved, adapter)
-    return moved.eval()
 
 
 def _model_settings(section: Any, file: Path) -> ModelSettings:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from fine_tune import models
+from fine_tune.commands.merged_layers import computing_in, computing_merged, merged_model
 from fine_tune.commands.model_folder import ModelFolder, finish, start_folder
 from fine_tune.commands.probes import largest_difference, logits, probe_rows
 from fine_tune.commands.tried import try_installed
@@ -15,7 +16,7 @@ from fine_tune.model_config import load_config
 from fine_tune.modules.precision import DTYPES
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
-from fine_tune.trained_model import TrainedModel, on_dequantized_base, run_name, trained_model
+from fine_tune.trained_model import TrainedModel, run_name, trained_model
 
 log = logging.getLogger("fine_tune")
 # Of the largest difference of a logit, in float32; layers of 8 bit also round what they multiply.
@@ -35,8 +36,9 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base and write the whole model as a Hugging Face folder.
 
-    A quantized base is dequantized first. The folder appears under its name only once the logits of the adapter, the
-    merged model and the model read back agree on probe prompts.
+    Each layer is merged in float32, a quantized one dequantized first; the rest of the model stays as it was trained
+    or is as it will be written, so that memory for one of the two is enough. The folder appears under its name only
+    once the logits of the adapter, the merged model and the model read back agree on probe prompts.
 
     Args:
         run: A run folder, a run's name (its newest version), or name/version_N.
@@ -74,35 +76,29 @@ def _merge_into(folder: Path, trained: TrainedModel, dtype: Dtype) -> dict[str, 
     """
     rows = probe_rows(trained)
     model = trained.load()
-    quantized = trained.settings.quantized
-    bound = BOUNDS.get(quantized, BOUNDS["nf4"])
-    expected = logits(model, rows)
+    bound = BOUNDS.get(trained.settings.quantized, BOUNDS["nf4"])
     log.info("merging %s, checkpoint %s", run_name(trained.run), trained.checkpoint.name)
-    if quantized:
-        model = on_dequantized_base(model, trained.settings)
-    written = _written_dtype(trained, dtype)
-    rounded = logits(model.to(written), rows) if written != torch.float32 else None
-    if (
-        rounded is not None
-    ):  # the adapter's own model in the written type: no merged one can be nearer
-        del model
-        model = trained.load()
-        model = on_dequantized_base(model, trained.settings) if quantized else model
-    merged = model.merge_and_unload(safe_merge=True)
-    found = {"merged": largest_difference(expected, logits(merged, rows))}
+    with computing_in(model, torch.float32):
+        expected = logits(model, rows)
+    with computing_merged(model):
+        found = {"merged": largest_difference(expected, logits(model, rows))}
     _check("merged", found["merged"], bound)
-    merged.to(written)
+    written = _written_dtype(trained, dtype)
+    if written != torch.float32:  # then its weights are rounded, as far as one pass in it rounds
+        with computing_in(model, written):
+            rounded = largest_difference(expected, logits(model, rows))
+        found["the adapter's model in this type"] = rounded
+        bound = max(bound, 2 * rounded)
+    merged = merged_model(model, written, trained.settings.head)
+    del model
     tokenizer = trained.tokenizer
     _set_special_tokens(merged, tokenizer, trained.settings.head)
     merged.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-    del merged, model
+    del merged
     tokenizer.save_pretrained(folder)
-    found["read back"] = largest_difference(
-        expected, logits(_read_back(folder, trained, written), rows)
-    )
-    if rounded is not None:
-        found["the adapter's model in this type"] = largest_difference(expected, rounded)
-        bound = max(bound, 2 * found["the adapter's model in this type"])
+    read_back = _read_back(folder, trained, written)
+    with computing_in(read_back, torch.float32):
+        found["read back"] = largest_difference(expected, logits(read_back, rows))
     _check("read back", found["read back"], bound)
     for name, difference in found.items():
         log.info("  largest difference of a logit, %s: %.2g", name, difference)

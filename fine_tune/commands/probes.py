@@ -37,7 +37,7 @@ def probe_rows(trained: TrainedModel) -> list[list[int]]:
     return [row for row in kept if row]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def logits(model: Any, rows: list[list[int]]) -> list[Tensor]:
     """Return the model's logits of each row in float32; of a reward model, its scores."""
     return [model(input_ids=torch.tensor([row])).logits.float() for row in rows]

@@ -1,6 +1,7 @@
 """A merged or exported model is the model that was trained, for any Hugging Face tool."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from fine_tune.trained_model import TrainedModel
 
 LORA = ["--model.lora", "auto", "--model.optimizer.lr", "1e-2", "--data.epochs", "1"]
 
@@ -89,6 +93,68 @@ def test_a_merged_qlora_is_the_adapter_on_the_4_bit_base(
     difference = (logits(opened) - logits(adapted)).abs().max()
     assert difference < 5e-3
     assert (logits(opened) - logits(wrong)).abs().max() > 2 * difference
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_no_more_than_one_block_is_in_float32_at_a_time(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: str | None,
+) -> None:
+    base = tmp_path / "base"
+    save_small_model(base, **{**SIZES, "num_hidden_layers": 4}, dtype=torch.bfloat16)
+    more = ["--trainer.precision", "bf16-mixed"]
+    more += ["--model.quantization", quantization] if quantization else []
+    run = trained(command_line, fit_args, base, *more)
+    loaded: list[Any] = []
+    load = TrainedModel.load
+    monkeypatch.setattr(TrainedModel, "load", lambda self: loaded.append(load(self)) or loaded[0])
+    computed = LlamaDecoderLayer.forward
+    wide: list[list[int]] = []  # at each call, the blocks with base weights in float32
+
+    def weights(block: Any) -> set[torch.dtype]:
+        kept = (p for n, p in block.named_parameters() if "lora_" not in n and "layernorm" not in n)
+        return {p.dtype for p in kept}
+
+    def observed(self: Any, *args: Any, **options: Any) -> Any:
+        blocks = [m for m in loaded[0].modules() if isinstance(m, LlamaDecoderLayer)]
+        if self in blocks:
+            wide.append([i for i, b in enumerate(blocks) if torch.float32 in weights(b)])
+        return computed(self, *args, **options)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", observed)
+    outcome = merged(command_line, run)
+    assert {len(blocks) for blocks in wide} <= {0, 1}
+    assert [i for blocks in wide for i in blocks][:4] == [0, 1, 2, 3]
+    (difference,) = re.findall("of a logit, merged: (.*)", outcome.out)
+    assert float(difference) < 2e-6
+
+
+@pytest.mark.parametrize("lora", ["use_dora", "use_rslora", "lora_bias"])
+def test_kinds_of_lora_are_merged_from_a_4_bit_base(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, lora: str
+) -> None:
+    kind = [f"--model.lora.{lora}", "true", "--model.lora.target_modules", '["c_attn", "c_fc"]']
+    more = [*kind, "--model.quantization", "nf4", "--model.optimizer.lr", "1e-2"]
+    where = ["--model.model_name_or_path", save_model("gpt2", tmp_path / "gpt2")]
+    outcome = command_line("fit", *fit_args, *where, *more)
+    assert outcome.code == 0, outcome.err
+    merged(command_line, outcome.run().path)
+
+
+def test_a_mixture_of_experts_is_merged(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    save_small_model(tmp_path / "moe", "mixtral", **SIZES, **experts)
+    where = ["--model.model_name_or_path", tmp_path / "moe", "--model.optimizer.lr", "1e-2"]
+    names = '["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]'
+    lora = ["--model.lora.target_modules", '["q_proj"]', "--model.lora.target_parameters", names]
+    outcome = command_line("fit", *fit_args, *where, *lora)
+    assert outcome.code == 0, outcome.err
+    merged(command_line, outcome.run().path)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
