@@ -60,6 +60,22 @@ def resolve_source(key: str, name: str, revision: str | None = None) -> tuple[st
         ) from error
 
 
+def holds_commit(folder: Path, commit: str) -> bool:
+    """Whether a folder holds the weights of a commit on the hub.
+
+    Args:
+        folder: A snapshot in the hub's cache, or what ``hf download --local-dir`` wrote and nobody changed since.
+        commit: 40 hexadecimal digits.
+    """
+    from huggingface_hub._local_folder import read_download_metadata
+
+    if folder.resolve().parent.name == "snapshots":
+        return folder.resolve().name == commit
+    files = [folder / "config.json", *folder.glob("*.safetensors")]
+    found = (read_download_metadata(folder, file.name) for file in files)
+    return all(metadata is not None and metadata.commit_hash == commit for metadata in found)
+
+
 def load_config(
     name: str | None, revision: str | None, from_config: dict[str, Any] | None
 ) -> PreTrainedConfig:
@@ -79,7 +95,12 @@ def load_config(
     source, commit = resolve_source("model.model_name_or_path", name, revision)
     base = adapter_base(source)
     if base is not None:
-        return load_config(base, None, None)
+        try:
+            return load_config(base, None, None)
+        except UserError as error:
+            file = Path(source) / "adapter_config.json"
+            hint = f"'{base}' is what {file} names as its base (base_model_name_or_path)"
+            raise UserError(*error.problems, f"model.model_name_or_path: {hint}") from error
     if Path(source).is_dir():
         check_model_folder(Path(source))
     try:

@@ -81,7 +81,7 @@ class TrainedModel:
                 return self.settings.resolved_config(self.tokenizer)
         except UserError as error:
             moved = "base_model: if the base was moved, give its place now: --base_model FOLDER"
-            missing = any("does not exist" in problem for problem in error.problems)
+            missing = f"'{self.settings.model_name_or_path}' does not exist" in error.problems[0]
             raise UserError(*error.problems, *([moved] if missing else [])) from error
 
 

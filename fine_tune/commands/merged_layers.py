@@ -174,11 +174,10 @@ def _adapter_on_dense(layer: Any) -> BaseTunerLayer:
 
 def _dense(layer: Any) -> nn.Linear:
     dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    state = getattr(layer.weight, "quant_state", None)
-    if (
-        state is not None
-    ):  # else rounded to the type the weights had before, as a forward pass does not
-        state = copy.copy(state)
+    if hasattr(
+        layer.weight, "quant_state"
+    ):  # in float32, as a forward pass, not in the type it was quantized from
+        state = copy.copy(layer.weight.quant_state)
         state.dtype = torch.float32
         weight = dequantize_4bit(layer.weight.data, state)
     else:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from lightning.pytorch.cli import OptimizerCallable
 from peft import LoraConfig
 
 from fine_tune.adapters import PEFTS_OWN
 from fine_tune.errors import UserError
-from fine_tune.model_config import adapter_base, resolve_source
+from fine_tune.model_config import adapter_base, holds_commit, resolve_source
 from fine_tune.modules.optimization import build_optimizer
 
 IDENTITY_FILE = "run_identity.json"  # in every checkpoint folder
@@ -138,6 +139,17 @@ def weights_content(name: str | None, revision: str | None) -> str | None:
                 handle.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
                 digest.update(handle.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def is_weights(content: str, name: str | None, revision: str | None) -> bool:
+    """Whether weights are the ones that ``weights_content`` identified, by a commit on the hub or in a folder."""
+    if name is None or weights_content(name, revision) == content:
+        return name is not None
+    source, commit = resolve_source("model.model_name_or_path", name, revision)
+    if commit is None:
+        return holds_commit(Path(source), content.rpartition("@")[2])
+    cached = try_to_load_from_cache(source, "config.json", revision=commit)
+    return isinstance(cached, str) and weights_content(str(Path(cached).parent), None) == content
 
 
 def read_identity(checkpoint: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from fine_tune import adapters, models, saved_adapters
 from fine_tune.errors import UserError
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.precision import precision_dtype, weights_dtype
-from fine_tune.modules.run_identity import read_identity, weights_content
+from fine_tune.modules.run_identity import is_weights, read_identity
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule
@@ -90,11 +90,11 @@ def restore_weights(model: Any, settings: ModelSettings, folder: Path) -> None:
         UserError: The folder holds another kind of weights, or an adapter of another base or shape.
     """
     then = (read_identity(folder) or {}).get("model.weights")
-    now = weights_content(settings.model_name_or_path, settings.revision)
-    if isinstance(model, PeftModel) and then not in (None, now):
+    name, revision = settings.model_name_or_path, settings.revision
+    if isinstance(model, PeftModel) and then is not None and not is_weights(then, name, revision):
         raise UserError(
             f"ckpt_path: the adapter in '{folder}' was trained on other weights than those of "
-            f"'{settings.model_name_or_path}'; set model.model_name_or_path to its base"
+            f"'{name}'; set model.model_name_or_path to its base"
         )
     saved_adapters.restore_weights(model, folder, same_base=then is not None)
 

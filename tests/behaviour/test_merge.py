@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 from harness import CommandLine, Outcome
+from huggingface_hub import constants
+from huggingface_hub._local_folder import write_download_metadata
 from lora_runs import SIZES, TOKENS, save_model, save_quantized
 from peft import AutoPeftModelForCausalLM, LoraModel, PeftModel
 from safetensors.torch import load_file, save_file
@@ -257,6 +259,43 @@ def test_another_base_is_refused_by_its_weights_and_a_moved_one_found(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_base_of_the_hub_is_found_in_folders_that_hold_the_same_commit(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A hub's cache as a download leaves it; nothing is downloaded here."""
+    commit, other = "a" * 40, "b" * 40
+    cached = tmp_path / "cache" / "models--owner--name"
+    snapshot = save_model("llama", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    run = trained(command_line, fit_args, Path("owner/name"))
+    identity = json.loads(next(run.glob("checkpoints/*/run_identity.json")).read_text())
+    assert identity["model.weights"] == f"owner/name@{commit}"
+
+    folder = Path(shutil.copytree(snapshot, tmp_path / "downloaded"))
+    refused = command_line("merge", run, "--base_model", folder, "--output", tmp_path / "a")
+    assert refused.code == 2 and "was trained on other weights" in refused.err
+    for commit_there, code in [(other, 2), (commit, 0)]:
+        for file in snapshot.iterdir():  # as hf download --local-dir does
+            write_download_metadata(folder, file.name, commit_there, "etag")
+        merge = command_line("merge", run, "--base_model", folder, "--output", tmp_path / "a")
+        assert merge.code == code, merge.err
+    assert (
+        command_line("merge", run, "--base_model", snapshot, "--output", tmp_path / "b").code == 0
+    )
+    trained(command_line, fit_args, folder, "--name", "of_folder")
+    of_folder = run.parent.parent / "of_folder" / "version_0"
+    assert command_line("merge", of_folder, "--base_model", "owner/name").code == 0
+
+    newer = snapshot.rename(snapshot.with_name(other))
+    refused = command_line("merge", run, "--base_model", newer, "--output", tmp_path / "c")
+    assert refused.code == 2 and "was trained on other weights" in refused.err
+
+
 def test_nothing_is_overwritten(
     command_line: CommandLine, fit_args: list[str], model_folder: Path
 ) -> None:
@@ -338,6 +377,10 @@ def test_an_adapter_on_a_merged_adapter_is_merged_and_not_exported_alone(
     refused = command_line("export", dpo)
     assert refused.code == 2 and "another adapter merged into it" in refused.err
     merged(command_line, dpo)
+    (tmp_path / "llama").rename(tmp_path / "moved")
+    gone = command_line("merge", dpo)
+    assert gone.code == 2 and "adapter_config.json names as its base" in gone.err
+    assert "--base_model" not in gone.err  # which is another one
 
 
 def test_a_tied_trained_embedding_beside_a_quantized_base_is_merged(
