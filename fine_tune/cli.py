@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
-from fine_tune import summary
+from fine_tune import run_endings, summary
 from fine_tune.callbacks.loss_spikes import LossSpikes
 from fine_tune.callbacks.progress import TrainingProgress
 from fine_tune.callbacks.run_record import RunRecord
@@ -25,8 +24,8 @@ from fine_tune.callbacks.stop_signals import (
     end_with_parent,
 )
 from fine_tune.callbacks.test_openings import TestOpenings
-from fine_tune.errors import DamagedCheckpoint, GoBack, UserError, printable
-from fine_tune.exits import exit_code, user_error_behind
+from fine_tune.errors import DamagedCheckpoint, GoBack, UserError
+from fine_tune.exits import exit_code
 from fine_tune.loggers import MetricsCSV, default_loggers
 from fine_tune.modules.run_identity import Change, run_identity
 from fine_tune.provenance import check_same_run, record_origin, with_identity
@@ -64,15 +63,13 @@ class FineTuneCLI(SettingsCLI):
         self._found_damage = False
         try:
             super().__init__(*args, stop=stop, **kwargs)  # runs the verb
-        except Stopped as stopped:
-            self._say_stopped(stopped)
-            raise
-        except Exception as error:
-            self._note_how_to_go_on(error)
+        except (Stopped, Exception) as error:
+            self._end(error)
             raise
         finally:
             try:
-                self._write_report()
+                if self._run is not None and is_first_process():
+                    run_endings.write_report(self._run, self.settings.report)
             finally:
                 if self._lock is not None:
                     self._lock.release()
@@ -277,19 +274,7 @@ class FineTuneCLI(SettingsCLI):
             for line in summary.evaluation(self.run_folder):
                 log.info(line)
 
-    # ---- the end
-
-    def _write_report(self) -> None:
-        """Write what became of the run beside it; that it cannot be written stops nobody."""
-        if self._run is None or not is_first_process() or self.settings.report is None:
-            return
-        try:
-            from fine_tune.report.write import write_report  # most of a second to import
-
-            log.info("report: %s", write_report(self.run_folder.path, self.settings.report))
-        except Exception as error:
-            told = printable(f"{type(error).__name__}: {error}")
-            log.info("WARNING: no report was written (%s)", told)
+    # ---- beginnings and ends
 
     def _before_requeue(self) -> str | None:
         """Find the last checkpoint of the same SLURM job's earlier start: the command line is the same."""
@@ -299,24 +284,16 @@ class FineTuneCLI(SettingsCLI):
         log.info("SLURM started job %s again: going on in %s", slurm.job_id(), run.path)
         return _text(run.checkpoint("last"))
 
-    def _say_stopped(self, stopped: Stopped) -> None:
-        if self._run is None or not is_first_process():
+    def _end(self, error: Stopped | Exception) -> None:
+        if self._run is None:
             return
-        for line in summary.stopped(self.run_folder, str(self.subcommand), str(stopped)):
-            log.info(line)
-        ended = self.run_folder.read().get("status") == "finished"
-        if stopped.asks_for_requeue and self.subcommand == "fit" and not ended:
-            slurm.requeue(self.trainer)
-
-    def _note_how_to_go_on(self, error: Exception) -> None:
-        """Add the resume command below the traceback, if this process had begun to train."""
         trainer = getattr(self, "trainer", None)
-        if self._run is None or trainer is None or self.subcommand != "fit":
-            return
-        if user_error_behind(error) is None or trainer.global_step > self.place.step:
-            only_file = {"only_file": True}
-            log.info("%s", "".join(traceback.format_exception(error)), extra=only_file)
-            error.add_note(summary.resume(self.run_folder))
+        if isinstance(error, Stopped):
+            if is_first_process():
+                run_endings.say_stopped(self._run, str(self.subcommand), error, trainer)
+        elif trainer is not None and self.subcommand == "fit":
+            began = trainer.global_step > self.place.step
+            run_endings.note_how_to_go_on(self._run, error, began=began)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fine_tune.trained_model import TrainedModel
 
-LORA = ["--model.lora", "auto", "--model.optimizer.lr", "1e-2", "--data.epochs", "1"]
+AUTO, BRIEF = ["--model.lora", "auto"], ["--model.optimizer.lr", "1e-2", "--data.epochs", "1"]
 
 
-def trained(command_line: CommandLine, args: list[str], folder: Path, *more: str) -> Path:
+def trained(
+    command_line: CommandLine, args: list[str], folder: Path, *more: str, lora: Sequence[str] = AUTO
+) -> Path:
     """A run whose adapter differs from nothing; returns its folder."""
-    where = ["--model.model_name_or_path", str(folder)]
-    outcome = command_line("fit", *args, *where, *LORA, *more)
+    where = ["--model.model_name_or_path", str(folder), *BRIEF]
+    outcome = command_line("fit", *args, *where, *lora, *more)
     assert outcome.code == 0, outcome.err
     return outcome.run().path
 
@@ -139,11 +142,8 @@ def test_kinds_of_lora_are_merged_from_a_4_bit_base(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, lora: str
 ) -> None:
     kind = [f"--model.lora.{lora}", "true", "--model.lora.target_modules", '["c_attn", "c_fc"]']
-    more = [*kind, "--model.quantization", "nf4", "--model.optimizer.lr", "1e-2"]
-    where = ["--model.model_name_or_path", save_model("gpt2", tmp_path / "gpt2")]
-    outcome = command_line("fit", *fit_args, *where, *more)
-    assert outcome.code == 0, outcome.err
-    merged(command_line, outcome.run().path)
+    base, nf4 = save_model("gpt2", tmp_path / "gpt2"), ["--model.quantization", "nf4"]
+    merged(command_line, trained(command_line, fit_args, base, *nf4, lora=kind))
 
 
 def test_a_mixture_of_experts_is_merged(
@@ -151,12 +151,9 @@ def test_a_mixture_of_experts_is_merged(
 ) -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
     save_small_model(tmp_path / "moe", "mixtral", **SIZES, **experts)
-    where = ["--model.model_name_or_path", tmp_path / "moe", "--model.optimizer.lr", "1e-2"]
     names = '["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]'
     lora = ["--model.lora.target_modules", '["q_proj"]', "--model.lora.target_parameters", names]
-    outcome = command_line("fit", *fit_args, *where, *lora)
-    assert outcome.code == 0, outcome.err
-    merged(command_line, outcome.run().path)
+    merged(command_line, trained(command_line, fit_args, tmp_path / "moe", lora=lora))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -388,11 +385,8 @@ def test_a_tied_trained_embedding_beside_a_quantized_base_is_merged(
 ) -> None:
     save_small_model(tmp_path / "tied", "llama", **SIZES, tie_word_embeddings=True)
     lora = ["--model.lora.target_modules", '["q_proj"]', "--model.quantization", "nf4"]
-    lora += ["--model.lora.modules_to_save", '["embed_tokens"]', "--data.epochs", "1"]
-    where = ["--model.model_name_or_path", tmp_path / "tied"]
-    outcome = command_line("fit", *fit_args, *where, *lora)
-    assert outcome.code == 0, outcome.err
-    merged(command_line, outcome.run().path)
+    lora += ["--model.lora.modules_to_save", '["embed_tokens"]']
+    merged(command_line, trained(command_line, fit_args, tmp_path / "tied", lora=lora))
 
 
 def test_a_base_with_sampling_settings_is_merged(

@@ -53,6 +53,12 @@ _WORDS = [
     "dan",
     "biru",
 ]
+PREFERENCE_LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+}
 
 
 @dataclass(frozen=True)

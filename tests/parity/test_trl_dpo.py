@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from datasets import Dataset
 from parity_runs import (
     BATCH_SIZE,
     NUM_STEPS,
+    PREFERENCE_LORA,
     Run,
     make_rows,
     rows_in_our_order,
@@ -32,12 +32,6 @@ MAX_DIFFERENCE = 1e-4  # relative; of anything below 0.01, 1e-6 absolute
 # 0.1 * 2^-23 * 30 for answers of up to 2 words, and 0.1 * 2^-23 * 300 for those of up to 30.
 WORDS = 2
 LONG, RESOLUTION_OF_LONG = "long", 4e-6
-LORA: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-}
 NAMES = {
     "train/loss": "loss",
     "train/rewards_chosen": "rewards/chosen",
@@ -147,7 +141,7 @@ def _their_trainer(
             disable_dropout=False,
         )
     )
-    lora = LoraConfig(**LORA, task_type="CAUSAL_LM") if adapter is not None else None
+    lora = LoraConfig(**PREFERENCE_LORA, task_type="CAUSAL_LM") if adapter is not None else None
     trainer = DPOTrainer(
         model,
         args=config,
@@ -181,7 +175,7 @@ def _our_run(
     line = ["--model=fine_tune.modules.DPO", "--data=fine_tune.data.PreferenceData", *more]
     line = [*line, f"--model.loss={loss}", f"--model.optimizer.lr={LEARNING_RATE}"]
     if adapter is not None:
-        line += [f"--model.lora.{key}={value}" for key, value in LORA.items()]
+        line += [f"--model.lora.{key}={value}" for key, value in PREFERENCE_LORA.items()]
         configure_model = DPO.configure_model
 
         def configure_with_adapter(module: DPO) -> None:
@@ -193,7 +187,9 @@ def _our_run(
 
 
 def _random_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**LORA))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**PREFERENCE_LORA)
+    )
     torch.manual_seed(11)
     adapter = get_peft_model_state_dict(model)
     return {name: 0.05 * torch.randn_like(value) for name, value in adapter.items()}

@@ -12,6 +12,7 @@ from datasets import Dataset
 from parity_runs import (
     BATCH_SIZE,
     NUM_STEPS,
+    PREFERENCE_LORA,
     Run,
     make_rows,
     rows_in_our_order,
@@ -31,12 +32,6 @@ NUM_PAIRS, LEARNING_RATE, CLIP = 48, 3e-4, 0.5
 WEIGHT_DECAY = 0.5  # so much that within 20 steps it shows which weights decay
 MAX_LOSS_DIFFERENCE = 1e-5  # relative
 MAX_DIFFERENCE = 1e-4  # relative; of a value below 0.01, 1e-6 absolute
-LORA: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-}
 NAMES = {
     "train/loss": "loss",
     "train/rewards_accuracy": "accuracy",
@@ -155,7 +150,9 @@ def _their_trainer(
         args=config,
         train_dataset=their_rows(file, order),
         processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=LoraConfig(**LORA, modules_to_save=["score"]) if trained == "lora" else None,
+        peft_config=LoraConfig(**PREFERENCE_LORA, modules_to_save=["score"])
+        if trained == "lora"
+        else None,
     )
     if trained == "lora":
         _fill_adapter(trainer.model)
@@ -186,7 +183,7 @@ def _our_run(
     line += [f"--model.optimizer.lr={LEARNING_RATE}"]
     line += [f"--model.optimizer.weight_decay={WEIGHT_DECAY}"]
     if trained == "lora":
-        line += [f"--model.lora.{key}={value}" for key, value in LORA.items()]
+        line += [f"--model.lora.{key}={value}" for key, value in PREFERENCE_LORA.items()]
         configure_model = Reward.configure_model
 
         def configure_with_adapter(module: Reward) -> None:
