@@ -22,6 +22,10 @@ VERBS = {
         "fine_tune.commands.analyze:main",
         "look at the data before training on it: lengths, truncation, duplicates, leakage",
     ),
+    "plan": (
+        "fine_tune.commands.plan:main",
+        "whether a run fits, what it takes and what would fit",
+    ),
     "runs": (
         "fine_tune.commands.runs:main",
         "list all runs: status, model, data, metrics, test openings; filter, sort, compare",

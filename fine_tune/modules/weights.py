@@ -56,20 +56,33 @@ def load_weights(
         quantization=quantization,
         head=settings.head,
     )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if settings.lora is not None:
-        model = adapters.add_lora(model, settings.lora, name, settings.head)
-        if settings.continued_adapter is not None:
-            saved_adapters.go_on_with_adapter(model, Path(settings.continued_adapter))
-        if precision.endswith("mixed"):
-            adapters.keep_trained_in_float32(model)
+    model = adapted(model, settings, precision, name)
+    if settings.lora is not None and settings.continued_adapter is not None:
+        saved_adapters.go_on_with_adapter(model, Path(settings.continued_adapter))
     if settings.head == "score" and models.scoring_pad(tokenizer) is None:
         log.info(
             "WARNING: the tokenizer has no special token but its EOS to pad with: transformers will score the saved "
             "model's rows one at a time only"
         )
     model.train()
+    return model
+
+
+def adapted(model: Any, settings: ModelSettings, precision: str, weights: str | None = None) -> Any:
+    """Add what training adds to a loaded model: recomputed activations, adapters, trained weights in their type.
+
+    Args:
+        model: As ``models.load_model`` returns it.
+        settings: Which adapters, and whether activations are recomputed.
+        precision: The trainer's.
+        weights: Folder or hub name of the unquantized weights; LoftQ compares with them.
+    """
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.lora is not None:
+        model = adapters.add_lora(model, settings.lora, weights, settings.head)
+        if precision.endswith("mixed"):
+            adapters.keep_trained_in_float32(model)
     return model
 
 

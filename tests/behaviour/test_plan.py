@@ -1,0 +1,142 @@
+"""What ``plan`` says of a step's memory is what a step takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import CommandLine, write_rows
+from lora_runs import save_model
+from torch import Tensor
+
+from fine_tune.memory import LiveBytes, bytes_held
+from fine_tune.modules.memory_plan import MemoryPlanner, StepMemory
+from fine_tune.modules.memory_ways import Way, ways_to_train
+from fine_tune.modules.optimization import build_optimizer
+from fine_tune.modules.precision import precision_dtype
+from fine_tune.modules.weights import load_weights
+from fine_tune.prepared_cli import PreparedCLI, prepare_as_fit
+
+
+def prepared(args: list[str], folder: Path, tmp_path: Path, *more: str) -> PreparedCLI:
+    where = ["--model.model_name_or_path", str(folder)]
+    root = ["--trainer.default_root_dir", str(tmp_path)]
+    run = prepare_as_fit([*args, *where, *root, *more])
+    run.datamodule.setup("fit")
+    return run
+
+
+def parts_of(parameters: Any) -> list[Tensor]:
+    """The tensors of parameters, those that a quantized one keeps beside its weights included."""
+    found = []
+    for parameter in parameters:
+        found.append(parameter.data)
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            second = state.state2
+            found += [state.absmax, state.code, state.offset, second.absmax, second.code]
+    return found
+
+
+def taken(run: PreparedCLI, way: Way, batch: Any, rows: int, precision: str) -> dict[str, int]:
+    """Take the step for real, and count."""
+    torch.manual_seed(0)
+    module: Any = run.model
+    module.model = model = load_weights(way.settings, run.datamodule.tokenizer, precision)
+    micro_batch = module.take_rows(batch, slice(0, rows))
+    live = LiveBytes([*model.parameters(), *model.buffers()], 0, lambda _: "all")
+    dtype = precision_dtype(precision)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with live:
+        for _ in range(2):
+            live.start_peak()
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                loss = module.loss_sums(micro_batch)[0]
+            loss.backward()
+            del loss
+    gradients = sum(p.grad.nbytes for p in trained)
+    optimizer = build_optimizer(module.optimizer, model.named_parameters(), None)
+    optimizer.step()
+    state = [v for of in optimizer.state.values() for v in of.values() if isinstance(v, Tensor)]
+    return {
+        "weights": sum(t.nbytes for t in parts_of(model.parameters()))
+        + bytes_held(model.buffers()),
+        "gradients": gradients,
+        "optimizer": bytes_held(state),
+        "working": live.at_peak["all"] - gradients,
+    }
+
+
+@pytest.mark.parametrize("words", [5, 40])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_a_plan_is_what_a_step_takes(
+    fit_args: list[str], tmp_path: Path, architecture: str, precision: str, words: int
+) -> None:
+    rows = [{"question": f"Berapa {i}?", "answer": "12 " * words} for i in range(40)]
+    write_rows(tmp_path / "long.jsonl", rows)
+    folder = save_model(architecture, tmp_path / architecture)
+    more = ["--data.path", str(tmp_path / "long.jsonl")]
+    run = prepared(fit_args, folder, tmp_path, *more, "--trainer.precision", precision)
+    batch = run.datamodule.longest_rows("train")
+    planner = MemoryPlanner(run.model, run.datamodule.tokenizer, precision)
+    ways = ways_to_train(run.model.model_settings, planner.config)
+    assert [way.name for way in ways] == ["all weights"] * 2 + ["LoRA"] * 2 + ["QLoRA"] * 2
+    for way in ways:
+        planned: StepMemory = planner.at_once(way.settings, batch, 4)
+        real = taken(run, way, batch, 4, precision)
+        for term in ("gradients", "optimizer"):
+            assert getattr(planned, term) == real[term], (way, term)
+        assert planned.weights == real["weights"], way.name
+        working = planned.activations + planned.logits + planned.attention
+        assert working == pytest.approx(real["working"], rel=0.1), way
+
+
+def test_a_deep_model_is_planned_from_shallow_ones(fit_args: list[str], tmp_path: Path) -> None:
+    from lora_runs import SIZES
+    from small_models import save_small_model
+
+    deep = tmp_path / "deep"
+    save_small_model(deep, **{**SIZES, "num_hidden_layers": 12})
+    run = prepared(fit_args, deep, tmp_path)
+    batch = run.datamodule.longest_rows("train")
+    planner = MemoryPlanner(run.model, run.datamodule.tokenizer, "32-true")
+    for way in ways_to_train(run.model.model_settings, planner.config):
+        planned = planner.at_once(way.settings, batch, 4)
+        whole = planner._working(
+            planner.config, way.settings, run.model.take_rows(batch, slice(0, 4)), True
+        )
+        working = planned.activations + planned.logits + planned.attention
+        assert working == pytest.approx(whole.total(), rel=0.03), way
+
+
+def test_plan_prints_what_fits_and_the_flags_fit(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    args = [*fit_args, "--trainer.default_root_dir", str(tmp_path)]
+    roomy = command_line("plan", *args, "--gpu_memory_gib", "0.6", "--tokens_per_second", "100")
+    assert roomy.code == 0, roomy.err
+    assert "s of training at 100 tokens/s" in roomy.out and "assumed for a GPU" in roomy.out
+    flags = [
+        line.split("at once")[1].split() for line in roomy.out.splitlines() if "at once  " in line
+    ]
+    assert len(flags) == 6
+    fitted = command_line("fit", *fit_args, *flags[0])
+    assert fitted.code == 0, fitted.err
+    tight = command_line("plan", *args, "--gpu_memory_gib", "0.5")
+    assert "nothing: one row of" in tight.out
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--gpu_memory_gib", "0"], "gpu_memory_gib: must be above 0 and finite, got 0.0"),
+        (["--tokens_per_second", "inf"], "tokens_per_second: must be above 0"),
+        (["--like", "nobody"], "run: "),
+    ],
+)
+def test_plan_refuses_what_makes_no_sense(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, more: list[str], told: str
+) -> None:
+    refused = command_line("plan", *fit_args, "--trainer.default_root_dir", str(tmp_path), *more)
+    assert refused.code == 2 and told in refused.err
