@@ -206,11 +206,6 @@ def _cast_unquantized(model: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def widen(model: torch.nn.Module) -> None:
-    """Make what is not quantized float32, which loses nothing of 16 bit."""
-    _cast_unquantized(model, torch.float32)
-
-
 def _train_4bit_on_cpu(model: torch.nn.Module) -> None:
     # On CPUs with AVX512-BF16, bitsandbytes re-packs 4-bit weights at the first evaluation, and training then fails.
     for module in model.modules():

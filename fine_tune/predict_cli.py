@@ -62,7 +62,6 @@ class PredictCLI(ModelCLI):
         )
         self.datamodule.rows_done = set(self.output.results)
         self.writer = PredictionWriter(self.output, self.stop)
-        self.model.starts_from_checkpoint = self.place.checkpoint is not None
         for note in [*self.place.notes, *rows.notes]:
             log.info("%s", note)
         return super().instantiate_trainer(

@@ -19,7 +19,7 @@ from fine_tune.runs.run_folder import RunFolder
 from fine_tune.runs.stored_checkpoints import newest_whole
 
 log = logging.getLogger("fine_tune")
-HEADS: dict[str, models.Head] = {"SFT": "lm", "DPO": "lm", "Pretrain": "lm", "Reward": "score"}
+HEADS: dict[str, models.Head] = {"SFT": "lm", "DPO": "lm", "Reward": "score"}
 MODEL_FIELDS = (
     *("model_name_or_path", "revision", "from_config", "tokenizer"),
     *("attn_implementation", "quantization"),

@@ -6,11 +6,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fine_tune.printable import printable
+from fine_tune.printable import JOINERS, printable
 
 NARROW = 80  # columns; below it two answers stand one above the other
 SIDES = ("before this run", "after it")
-JOINERS = "\u200c\u200d"  # of scripts and emoji; they steer nothing
 
 
 def shown(text: str) -> str:

@@ -49,7 +49,6 @@ class Session:
     sampling: Sampling
     system: str = ""
     exchanges: list[Exchange] = field(default_factory=list)
-    num_asked: int = 0
 
     def messages(self, exchange: Exchange, side: int, start: int) -> list[dict[str, str]]:
         """Return the conversation up to a question, as one side has it.
@@ -78,15 +77,13 @@ class Session:
         positions, wanted = self.model.positions, self.sampling.max_new_tokens
         assert wanted is not None
         room = min(wanted, positions // LEAST_ROOM) if positions else wanted
-        starts = range(len(self.exchanges)) if self.model.kind == "messages" else [0]
-        for start in starts:
-            if self.exchanges[start] is exchange or self.model.kind != "messages":
-                start = len(self.exchanges) - 1
+        last, in_turns = len(self.exchanges) - 1, self.model.kind == "messages"
+        for start in range(0 if in_turns else last, last + 1):
             ids = self.model.prompt_ids(exchange.fields, self.messages(exchange, side, start))
             if not ids:
                 raise UserError("the question is empty, and the model needs a word to begin with")
             if positions is None or len(ids) + room <= positions:
-                cut = start if self.model.kind == "messages" else 0
+                cut = start if in_turns else 0
                 note = f"the {cut} oldest questions no longer fit the model" if cut else ""
                 return ids, min(wanted, (positions or 2**31) - len(ids)), note
         raise UserError(

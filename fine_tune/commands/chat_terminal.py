@@ -16,7 +16,6 @@ from fine_tune.commands.chat_session import Exchange, Session, help_lines, unkno
 from fine_tune.data.templates import RowError
 from fine_tune.device_memory import is_out_of_memory
 from fine_tune.errors import UserError
-from fine_tune.sampling import Sampling
 
 ASK = "you> "
 
@@ -145,7 +144,7 @@ class Terminal:
         streams = [
             session.model.stream(
                 ids,
-                _within(session.sampling, max_new_tokens),
+                replace(session.sampling, max_new_tokens=max_new_tokens),
                 session.key(exchange),
                 base=self.compare and side == 0,
             )
@@ -220,10 +219,6 @@ class Terminal:
         """Tell the user something that is no answer; a pipe gets answers alone."""
         for line in lines:
             print(shown(line), file=sys.stdout if self.is_interactive else sys.stderr, flush=True)
-
-
-def _within(sampling: Sampling, max_new_tokens: int) -> Sampling:
-    return replace(sampling, max_new_tokens=max_new_tokens)
 
 
 def _fields(session: Session, text: str) -> dict[str, str]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from fine_tune.callbacks.generations import GENERATIONS_FILE, read_generations
 from fine_tune.modules.checks import max_positions
@@ -41,17 +40,6 @@ def probe_rows(trained: TrainedModel) -> list[list[int]]:
 def logits(model: Any, rows: list[list[int]]) -> list[Tensor]:
     """Return the model's logits of each row in float32; of a reward model, its scores."""
     return [model(input_ids=torch.tensor([row])).logits.float() for row in rows]
-
-
-@torch.inference_mode()
-def scores_together(model: Any, rows: list[list[int]]) -> list[Tensor]:
-    """Return a reward model's scores of all rows in one batch, padded as its config says."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = [torch.tensor(row) for row in rows]
-    padded = pad_sequence(ids, batch_first=True, padding_value=int(model.config.pad_token_id))
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    scores = model(input_ids=padded, attention_mask=mask.long()).logits.float()
-    return list(scores.split(1))
 
 
 def largest_difference(first: list[Tensor], second: list[Tensor]) -> float:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fine_tune.errors import UserError
-from fine_tune.report.inert import plain_code
+from fine_tune.printable import printable
 from fine_tune.report.words import LANGUAGES
 from fine_tune.report.write import write_comparison, write_report
 from fine_tune.runs.find import find_run
@@ -47,5 +47,5 @@ def main(args: list[str]) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
-    print(f"report: {plain_code(str(file))}")
+    print(f"report: {printable(str(file))}")
     return 0

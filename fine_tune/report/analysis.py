@@ -106,12 +106,6 @@ def analyse(evidence: Evidence) -> Analysis:
     return Analysis(*improvement(train, validation), others)
 
 
-# ---- windows and noise
-
-
-# ---- findings
-
-
 def training_trend(train: Curve) -> Finding | None:
     """Compare the first window of training losses with the last one."""
     if not len(train):

@@ -8,7 +8,7 @@ from fine_tune.report.analysis import Tone
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with their values; ``changed`` names are marked."""
+    """Names with their values."""
 
     kind: ClassVar[str] = "facts"
     pairs: list[tuple[str, str]]

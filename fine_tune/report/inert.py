@@ -2,7 +2,8 @@
 
 import re
 
-JOINERS = "\u200c\u200d"  # in scripts and emoji; they show nothing of their own
+from fine_tune.printable import JOINERS, printable
+
 _MARKDOWN = re.compile(
     r"[\\`*\[\]|~$#!]|(?<![^\W_])_|_(?![^\W_])"
 )  # an underscore within a word is a word's
@@ -10,18 +11,12 @@ _FORMULA = re.compile(r"\s*[=@+\-]")
 _NUMBER = re.compile(r"\s*[+\-]?[\d.,]+(?:e[+\-]?\d+)?\s*%?", re.IGNORECASE)
 
 
-def plain(text: object, keep: str = "\n") -> str:
+def plain(text: object) -> str:
     """Return text with control characters written out, and nothing a spreadsheet would take for a formula.
 
-    ``=cmd()`` becomes ``'=cmd()``: a program that pastes the cell shows it as it is.
-
-    Args:
-        text: Anything.
-        keep: Control characters that stay.
+    ``=cmd()`` becomes ``'=cmd()``: a program that pastes the cell shows it as it is. Ends of lines stay.
     """
-    shown = "".join(
-        c if c.isprintable() or c in keep or c in JOINERS else repr(c)[1:-1] for c in str(text)
-    )
+    shown = printable(str(text), "\n" + JOINERS)
     is_formula = _FORMULA.match(shown) and not _NUMBER.fullmatch(shown) and len(shown.strip()) > 1
     return f"'{shown}" if is_formula else shown
 
@@ -37,12 +32,7 @@ def markdown(text: object) -> str:
 
 def markdown_code(lines: list[str]) -> str:
     """Return lines as a block of code, fenced by more backticks than any of them has."""
-    shown = [plain_code(line) for line in lines]
+    shown = [printable(line) for line in lines]
     longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([f"{fence}text", *shown, fence])
-
-
-def plain_code(line: str) -> str:
-    """Return a line of code with control characters written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -5,6 +5,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fine_tune.printable import printable
 from fine_tune.report import inert
 from fine_tune.report.blocks import Page
 from fine_tune.report.words import Words
@@ -17,7 +18,7 @@ def html(page: Page, words: Words) -> str:
     environment = _environment(autoescape=True)
     environment.finalize = lambda value: value if isinstance(value, Markup) else inert.plain(value)
     environment.filters["drawing"] = Markup  # made by charts.py, without text of the user's
-    environment.filters["code"] = inert.plain_code
+    environment.filters["code"] = printable
     style = Markup((TEMPLATES / "style.css").read_text("utf-8"))
     return environment.get_template("report.html.j2").render(page=page, words=words, style=style)
 
