@@ -109,7 +109,7 @@ def trained_model(run: RunFolder, which: str = "best", base: str | None = None) 
     settings = _model_settings(section, file)
     if base is not None:
         settings.model_name_or_path = str(Path(base).resolve()) if Path(base).exists() else base
-    return TrainedModel(run, config, checkpoint.resolve(), settings, _directory(run))
+    return TrainedModel(run, config, checkpoint.resolve(), settings, run.directory)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -120,13 +120,6 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as a run's config: {first_line(error)}") from error
     raise UserError(f"{file}: is not a run's config; it has no model or no trainer section")
-
-
-def _directory(run: RunFolder) -> Path:
-    """Return where the run's command was typed, or where we are if that is gone or unknown."""
-    commands = run.read().get("commands") or [{}]
-    directory = Path(str(dict(commands[-1]).get("directory", ".")))
-    return directory if directory.is_dir() else Path()
 
 
 def _model_settings(section: Any, file: Path) -> ModelSettings:

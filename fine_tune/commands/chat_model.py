@@ -209,8 +209,7 @@ def load_chat_model(run: str, model: str | None, ckpt_path: str | None, root: Pa
         raise UserError(f"run: {folder.path} has no config.yaml")
     if ckpt_path is not None and ckpt_path not in ("best", "last"):
         ckpt_path = str(Path(ckpt_path).resolve())
-    directory = folder.read().get("commands", [{}])[-1].get("directory", ".")
-    with chdir(directory if Path(directory).is_dir() else "."):  # the config's paths start there
+    with chdir(folder.directory):  # the config's paths start there
         args = _flags("--config", str(config), "--ckpt_path", ckpt_path or "best")
         cli = run_cli(ChatCLI, ["predict", *args], StopRequest())
         kind, format_name, templates = _how_asked(cli.datamodule)

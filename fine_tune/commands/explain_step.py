@@ -56,9 +56,8 @@ def explain_step(run_name: str, step: int, root: Path) -> None:
     """
     run = RunFolder(find_run(run_name, root).path.resolve())
     by_rank = _rows(run, step)
-    directory = run.read().get("commands", [{}])[-1].get("directory", ".")
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    with chdir(directory if Path(directory).is_dir() else "."):  # the config's paths start there
+    with chdir(run.directory):  # the config's paths start there
         data = _data(run)
         console.print(f"step {step} of {run.path}")
         for line in [*_facts(run, step), *_ids(by_rank), _recipe(data, step, by_rank), ""]:

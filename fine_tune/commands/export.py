@@ -9,6 +9,7 @@ from fine_tune.commands.model_folder import ModelFolder, finish, start_folder
 from fine_tune.errors import UserError
 from fine_tune.model_config import adapter_base, resolve_source
 from fine_tune.modules.run_identity import IDENTITY_FILE
+from fine_tune.printable import printable
 from fine_tune.runs.checkpoint import MANIFEST, TRAINING_STATE, read_manifest
 from fine_tune.runs.find import find_run
 from fine_tune.trained_model import TrainedModel, run_name, trained_model
@@ -41,7 +42,7 @@ def export(run: str, output: str | None = None, checkpoint: str = "best", root: 
                 shutil.copyfile(file, unfinished / file.name)  # with the permissions of a new file
         finish(unfinished, folder)
     for line in folder.next_commands(target):
-        log.info(line)
+        log.info("%s", printable(line))
 
 
 def _check_base(trained: TrainedModel) -> None:

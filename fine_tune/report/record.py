@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fine_tune.runs.run_folder import RECORD
+from fine_tune.runs.run_folder import RECORD, status_of
 from fine_tune.runs.run_lock import is_owned
 
 METRICS, CONFIG, AUDIT, ANSWERS = "metrics.csv", "config.yaml", "data.json", "generations.jsonl"
@@ -68,10 +68,7 @@ class RunRecord:
     @property
     def status(self) -> str:
         """``finished``, ``stopped``, ``failed``, ``running``, ``killed`` (nobody runs it any more), or ``empty``."""
-        status = str(self.record.get("status", "empty"))
-        if status == "running" and not self.is_owned:
-            return "killed"
-        return status
+        return status_of(self.record, is_owned=self.is_owned)
 
     @property
     def step(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from fine_tune.errors import UserError
-from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
+from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder, status_of
 from fine_tune.runs.run_lock import is_owned
 
 Listed = dict[str, Any]
@@ -48,18 +48,9 @@ def list_runs(root: Path) -> tuple[list[Listed], list[str]]:
     return sorted(found, key=lambda run: run["started"] or "", reverse=True), problems
 
 
-def status_of(run: RunFolder, record: dict[str, Any]) -> str:
-    """Say what became of a run; one recorded as running whose process is gone was killed."""
-    status = str(record.get("status", "empty"))
-    owned = is_owned(run.path)
-    if status == "running":
-        return "running" if owned else "killed"
-    return "running" if status == "empty" and owned else status
-
-
 def _describe(path: Path, record: dict[str, Any], opened: dict[str, set[str]]) -> Listed:
     run = RunFolder(path)
-    status, config = status_of(run, record), _config(path)
+    status, config = status_of(record, is_owned=is_owned(path)), _config(path)
     tests = [result for result in record.get("results", []) if result["split"] == "test"]
     metrics = tests[-1]["metrics"] if tests else {}
     hashes = {opening.get("test_hash") for opening in record.get("test_openings", [])}

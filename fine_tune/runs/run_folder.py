@@ -48,6 +48,14 @@ class RunFolder:
             raise UserError(f"{file}: the run's record is damaged: it is no mapping")
         return record
 
+    @property
+    def directory(self) -> Path:
+        """Where the run's last command was typed; its config's relative paths start there. Here, if that is gone."""
+        commands = self.read().get("commands")
+        last = commands[-1] if isinstance(commands, list) and commands else None
+        directory = Path(str(last.get("directory", "."))) if isinstance(last, dict) else Path()
+        return directory if directory.is_dir() else Path()
+
     def update(self, changes: Mapping[str, Any]) -> None:
         """Replace these entries of the record, atomically."""
         unfinished = self.path / f".{RECORD}.{os.getpid()}.unfinished"
@@ -76,6 +84,19 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Return whether any checkpoint lies in the folder, in the record or not, whole or not."""
         return any(path.is_dir() for path in self.checkpoints.glob("epoch=*-step=*"))
+
+
+def status_of(record: Mapping[str, Any], *, is_owned: bool) -> str:
+    """Say what became of a run: finished, running, stopped, failed, killed or empty.
+
+    Args:
+        record: ``run.json``.
+        is_owned: Whether a process has the folder; of a run recorded as running that none has, it was killed.
+    """
+    status = str(record.get("status", "empty"))
+    if status in ("running", "empty") and is_owned:
+        return "running"
+    return "killed" if status == "running" else status
 
 
 def run_of(trainer: Any) -> RunFolder:

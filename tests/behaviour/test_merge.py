@@ -317,6 +317,8 @@ def test_an_exported_adapter_opens_in_peft(
     assert torch.equal(logits(opened), logits(adapted))
     names = {p.name for p in (run / "exported").iterdir()}
     assert "README.md" in names and not names & {"training_state.pt", "manifest.json"}
+    named = command_line("export", run, "--output", tmp_path / "a\x1b[31m")
+    assert named.code == 0 and "a\\x1b[31m" in named.out and "\x1b" not in named.out
 
 
 def test_full_weights_are_exported_and_have_nothing_to_merge(

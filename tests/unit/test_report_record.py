@@ -76,6 +76,9 @@ def test_running_is_only_said_while_somebody_runs_it(tmp_path: Path) -> None:
     }
     (tmp_path / ".owner.json").write_text(json.dumps(owner))
     assert read_run(tmp_path).status == "running"
+    write(tmp_path, run_json="{}")  # it has not begun to train
+    assert read_run(tmp_path).status == "running"
+    write(tmp_path, run_json='{"status": "running"}')
     (tmp_path / ".owner.json").write_text(json.dumps({**owner, "started": 0}))
     assert read_run(tmp_path).status == "killed"
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fine_tune.commands.runs import main
+from fine_tune.runs.run_folder import RunFolder
 
 ESC = "\x1b"
 
@@ -150,6 +151,16 @@ def test_a_malformed_record_stops_nothing(
     assert "done/version_0" in capsys.readouterr().out
     assert main(["runs", "--root", str(root), "--json"]) == 0
     assert "NaN" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "commands", [None, [], "x", [None], [{}], [{"directory": None}], [{"directory": "/gone"}]]
+)
+def test_where_a_command_was_typed_is_here_if_nobody_knows(tmp_path: Path, commands: Any) -> None:
+    run = RunFolder(write_run(tmp_path, "a", commands=commands))
+    assert run.directory == Path()
+    run.update({"commands": [{"directory": "/gone"}, {"directory": str(tmp_path)}]})
+    assert run.directory == tmp_path
 
 
 def test_names_do_nothing_to_the_terminal(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
