@@ -37,6 +37,7 @@ class OutputFile:
         self.results: dict[int, dict[str, Any]] = {}
         self._handle: IO[str] | None = None
         self.is_finished = False
+        self._was_there = path.exists()
         if not overwrite or self._goes_on():
             self._look_at_what_is_there()
         else:
@@ -55,6 +56,8 @@ class OutputFile:
             return
         how = "give another --output, or replace it by --overwrite true"
         record = self._read_record()
+        if record is None and there == [self.unfinished] and not self.unfinished.stat().st_size:
+            return  # of a process that was killed before it said what it makes
         if record is None:
             raise UserError(
                 f"{KEY}: '{there[0]}' is there already, and nothing says what it is made from; {how}"
@@ -74,12 +77,22 @@ class OutputFile:
             self.results = self._read_unfinished()
 
     def open(self) -> None:
-        """Say what the results are made from, and get ready to keep them."""
+        """Say what the results are made from, and get ready to keep them.
+
+        Raises:
+            UserError: Another process writes there or did meanwhile, or it cannot be written.
+        """
         try:
-            _write_whole(self.record, [json.dumps({"identity": self.identity}, indent=1) + "\n"])
             if self._handle is None:
                 self._lock(create=True)
             assert self._handle is not None
+            if self.path.exists() and not self._was_there:
+                self.unfinished.unlink(missing_ok=True)
+                self.close()
+                raise UserError(
+                    f"{KEY}: '{self.path}' was written meanwhile by another process; give another --output"
+                )
+            _write_whole(self.record, [json.dumps({"identity": self.identity}, indent=1) + "\n"])
             end = self._handle.seek(0, os.SEEK_END)
             if end and not self.unfinished.read_bytes().endswith(b"\n"):
                 self._handle.write("\n")  # what a kill cut off stays alone on its line
