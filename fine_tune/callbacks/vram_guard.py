@@ -184,6 +184,8 @@ class VRAMGuard(Callback):
     def _record(self, trainer: Trainer, step: int, event: str, kind: str) -> None:
         if trainer.is_global_zero:
             log.info("WARNING: %s", event)
+            if trainer.state.fn == "predict":  # it is no run and writes into none
+                return
             run = run_of(trainer)
             entry = {"step": step, "kind": kind, "event": event}
             run.update({"events": [*run.read().get("events", []), entry]})

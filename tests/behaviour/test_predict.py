@@ -12,6 +12,7 @@ from preference_runs import LORA
 from small_models import save_small_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from fine_tune.modules import Reward
 from fine_tune.modules.decoding import Answer, Decoder
 from fine_tune.sampling import Sampling
 
@@ -329,6 +330,38 @@ def test_a_reward_run_scores_the_answers_it_is_given_as_in_transformers(
     assert [row.get("reward") for row in read(tmp_path / "again.jsonl")][:3] == pytest.approx(
         [row["reward"] for row in scored[:3]]
     )
+
+
+def test_out_of_memory_while_scoring_changes_no_score_and_writes_nothing_else(
+    command_line: CommandLine,
+    reward_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = command_line("fit", *reward_args).run()
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    args = ["--config", run.path / "config.yaml", "--data.predict_path", tmp_path / "pairs.jsonl"]
+    assert predict(command_line, *args, "--output", tmp_path / "whole.jsonl").code == 0
+    rewards, sizes = Reward._rewards, []
+
+    def small_device(self: Reward, input_ids_BT: Any, lasts_B: Any) -> Any:
+        sizes.append(len(lasts_B))
+        if len(lasts_B) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rewards(self, input_ids_BT, lasts_B)
+
+    monkeypatch.setattr(Reward, "_rewards", small_device)
+    outcome = predict(
+        command_line, *args, "--output", here / "out.jsonl", "--trainer.default_root_dir", here
+    )
+    assert outcome.code == 0, outcome.err
+    assert max(sizes) > 3 and "out of memory" in outcome.out
+    halved, whole = read(here / "out.jsonl"), read(tmp_path / "whole.jsonl")
+    for name in ("reward_chosen", "reward_rejected"):
+        assert [r[name] for r in halved] == pytest.approx([r[name] for r in whole], abs=1e-6)
+    assert {p.name for p in here.iterdir()} == {"out.jsonl", "out.jsonl.record.json"}
 
 
 def test_mistakes_are_told_at_once_before_weights_load(
