@@ -16,6 +16,7 @@ from fine_tune.runs.run_lock import is_owned
 METRICS, CONFIG, AUDIT, ANSWERS = "metrics.csv", "config.yaml", "data.json", "generations.jsonl"
 LISTS = ("results", "events", "starts", "commands", "changes", "parents", "test_openings")
 MAPPINGS = ("environment", "num_rows", "num_tokens", "num_supervised", "model", "energy")
+LARGEST = 1e100  # what no run computes, and nothing draws
 NUMBERS = ("step", "num_steps", "steps_per_epoch", "seconds", "best_step", "best_score")
 
 
@@ -138,7 +139,7 @@ def read_run(path: Path) -> RunRecord:
             return empty
         try:
             value = parse(text)
-        except (ValueError, yaml.YAMLError, RecursionError):
+        except (ValueError, csv.Error, yaml.YAMLError, RecursionError):
             value = None
         if isinstance(value, type(empty)):
             return value
@@ -179,7 +180,7 @@ def _rows(text: str) -> tuple[list[dict[str, float]], int]:
         row = {name: _number(value) for name, value in texts.items() if name and value}
         numbers = {name: value for name, value in row.items() if value is not None}
         broken += len(numbers) < len(row)
-        if "step" in numbers and np.isfinite(numbers["step"]):
+        if is_number(numbers.get("step")):
             by_step.setdefault(int(numbers["step"]), {}).update(numbers)
         elif texts:
             broken += 1
@@ -188,9 +189,10 @@ def _rows(text: str) -> tuple[list[dict[str, float]], int]:
 
 def _number(text: Any) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except (TypeError, ValueError):
         return None
+    return None if LARGEST < abs(number) < np.inf else number
 
 
 def _json_lines(text: str) -> tuple[list[dict[str, Any]], int]:

@@ -1,5 +1,6 @@
 """Write a run's report into its folder, or the comparison of several."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from fine_tune.errors import UserError
@@ -76,4 +77,5 @@ def _replace(file: Path, text: str) -> None:
             f"{file}: the report cannot be written: {error.strerror}; name another folder: --output"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # most often there is none, or no folder that could hold one
+            unfinished.unlink()

@@ -236,6 +236,9 @@ def test_mistakes_are_told_in_one_line(command_line: CommandLine, tmp_path: Path
     (tmp_path / "report.md").mkdir()
     blocked = command_line("report", tmp_path)
     assert blocked.code == 2 and "the report cannot be written" in blocked.err
+    (tmp_path / "file").touch()
+    no_folder = command_line("report", tmp_path, "--output", tmp_path / "file")
+    assert no_folder.code == 2 and "the report cannot be written" in no_folder.err
     seven = command_line("report", *[tmp_path] * 7)
     assert seven.code == 2 and "at most 6 stand side by side" in seven.err
 

@@ -48,6 +48,15 @@ def test_rows_of_one_step_are_one_and_values_that_are_no_numbers_stay_visible(
     assert run.curve("val/loss").values.tolist() == [2.0]
 
 
+@pytest.mark.parametrize("row", ["1e30,2.0", "1e400,2.0", f"2,{'9' * 200_000}", "2,1e308"])
+def test_numbers_that_no_run_has_are_left_out_and_told(tmp_path: Path, row: str) -> None:
+    write(tmp_path, metrics_csv=f"step,train/loss\n1,-1e30\n{row}\n", run_json="{}")
+    run = read_run(tmp_path)
+    assert run.damaged == ["metrics.csv"]
+    assert run.curve("train/loss").values.tolist() in ([-1e30], [])
+    assert write_report(tmp_path).read_text().rstrip().endswith("</html>")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"results": 5, "events": [1, {"step": "x"}], "seconds": "9"}']
 )
