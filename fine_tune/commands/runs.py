@@ -16,8 +16,8 @@ from rich.text import Text
 from fine_tune.errors import UserError, nearest
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
-from fine_tune.runs.listing import Listed, list_runs, numbers
-from fine_tune.runs.run_folder import LOGS
+from fine_tune.runs.listing import WRONG, Listed, list_runs, numbers
+from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
 
 TEXTS = ["run", "status", "model", "data", "started"]
 MOSTLY_WANTED = ("test/exact_match", "test/rewards_accuracy", "test/loss")
@@ -152,7 +152,7 @@ def _compare(names: list[str], root: Path, *, as_json: bool) -> int:
     """Show every setting and metric in which runs differ, side by side."""
     folders = [find_run(name, root) for name in names]
     titles = [f"{run.path.resolve().parent.name}/{run.path.resolve().name}" for run in folders]
-    facts = [_facts(run.read()) for run in folders]
+    facts = [_facts(run) for run in folders]
     keys = list(dict.fromkeys(key for of_run in facts for key in of_run))
     different = {
         key: [of_run.get(key) for of_run in facts]
@@ -171,10 +171,14 @@ def _compare(names: list[str], root: Path, *, as_json: bool) -> int:
     return 0
 
 
-def _facts(record: dict[str, Any]) -> dict[str, Any]:
-    facts = dict(record.get("identity", {}))
-    for result in record.get("results", []):
-        facts |= result["metrics"]
+def _facts(run: RunFolder) -> dict[str, Any]:
+    record = run.read()
+    try:
+        facts = dict(record.get("identity", {}))
+        for result in record.get("results", []):
+            facts |= result["metrics"]
+    except WRONG as error:
+        raise UserError(f"{run.path / RECORD}: the run's record is damaged: {error!r}") from error
     return facts | {"best step": record.get("best_step"), "seconds": record.get("seconds")}
 
 

@@ -153,6 +153,16 @@ def test_a_malformed_record_stops_nothing(
     assert "NaN" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("record", [{"results": [{}]}, {"results": None}, {"identity": [1]}])
+def test_a_malformed_record_is_not_compared(
+    root: Path, capsys: pytest.CaptureFixture[str], record: Any
+) -> None:
+    file = root / "lightning_logs" / "empty" / "version_0" / "run.json"
+    file.write_text(json.dumps(record))
+    assert main(["runs", "--root", str(root), "--compare", "done", "empty"]) == 2
+    assert f"{file}: the run's record is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "commands", [None, [], "x", [None], [{}], [{"directory": None}], [{"directory": "/gone"}]]
 )
