@@ -67,13 +67,21 @@ def holds_commit(folder: Path, commit: str) -> bool:
         folder: A snapshot in the hub's cache, or what ``hf download --local-dir`` wrote and nobody changed since.
         commit: 40 hexadecimal digits.
     """
-    from huggingface_hub._local_folder import read_download_metadata
-
     if folder.resolve().parent.name == "snapshots":
         return folder.resolve().name == commit
     files = [folder / "config.json", *folder.glob("*.safetensors")]
-    found = (read_download_metadata(folder, file.name) for file in files)
-    return all(metadata is not None and metadata.commit_hash == commit for metadata in found)
+    return all(_downloaded_commit(file) == commit for file in files)
+
+
+def _downloaded_commit(file: Path) -> str | None:
+    """Read what a download noted of a file; the hub's own reader writes into the folder, which may be read-only."""
+    noted = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    try:
+        commit, _, seconds = noted.read_text("utf-8").split()
+        is_unchanged = file.stat().st_mtime - 1 <= float(seconds)
+    except (OSError, ValueError):
+        return None
+    return commit if is_unchanged else None
 
 
 def load_config(

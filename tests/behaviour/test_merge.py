@@ -1,6 +1,7 @@
 """A merged or exported model is the model that was trained, for any Hugging Face tool."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from fine_tune.model_config import holds_commit
 from fine_tune.trained_model import TrainedModel
 
 AUTO, BRIEF = ["--model.lora", "auto"], ["--model.optimizer.lr", "1e-2", "--data.epochs", "1"]
@@ -180,10 +182,16 @@ def test_a_merge_in_16_bit_is_as_near_as_16_bit_can_be(
 def test_a_merged_reward_model_scores_as_the_adapter_did(
     command_line: CommandLine, reward_args: list[str], tmp_path: Path
 ) -> None:
-    run = trained(command_line, reward_args, save_model("llama", tmp_path / "llama"))
+    base = save_model("llama", tmp_path / "llama")
+    run = trained(command_line, reward_args, base)
     merged(command_line, run)
     opened = AutoModelForSequenceClassification.from_pretrained(run.parent / "merged")
-    assert opened.score.weight.abs().sum() > 0 and opened.config.num_labels == 1
+    assert opened.config.num_labels == 1
+    head = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    adapted = PeftModel.from_pretrained(head, next(run.glob("checkpoints/epoch*")))
+    difference = (logits(opened) - logits(adapted)).abs().max()
+    assert difference < 1e-4
+    assert (logits(opened) - logits(adapted.unload())).abs().max() > 100 * difference
 
 
 def test_a_merged_model_is_written_in_shards(
@@ -276,11 +284,15 @@ def test_a_base_of_the_hub_is_found_in_folders_that_hold_the_same_commit(
     folder = Path(shutil.copytree(snapshot, tmp_path / "downloaded"))
     refused = command_line("merge", run, "--base_model", folder, "--output", tmp_path / "a")
     assert refused.code == 2 and "was trained on other weights" in refused.err
+    assert not (folder / ".cache").exists(), "a base is only read"
     for commit_there, code in [(other, 2), (commit, 0)]:
         for file in snapshot.iterdir():  # as hf download --local-dir does
             write_download_metadata(folder, file.name, commit_there, "etag")
         merge = command_line("merge", run, "--base_model", folder, "--output", tmp_path / "a")
         assert merge.code == code, merge.err
+    before = sorted((p, p.stat().st_mtime) for p in folder.rglob("*"))
+    assert holds_commit(folder, commit)
+    assert sorted((p, p.stat().st_mtime) for p in folder.rglob("*")) == before
     assert (
         command_line("merge", run, "--base_model", snapshot, "--output", tmp_path / "b").code == 0
     )
@@ -288,6 +300,8 @@ def test_a_base_of_the_hub_is_found_in_folders_that_hold_the_same_commit(
     of_folder = run.parent.parent / "of_folder" / "version_0"
     assert command_line("merge", of_folder, "--base_model", "owner/name").code == 0
 
+    os.utime(folder / "model.safetensors", (4e9, 4e9))  # changed after the download
+    assert not holds_commit(folder, commit)
     newer = snapshot.rename(snapshot.with_name(other))
     refused = command_line("merge", run, "--base_model", newer, "--output", tmp_path / "c")
     assert refused.code == 2 and "was trained on other weights" in refused.err
@@ -347,7 +361,9 @@ def test_a_damaged_best_checkpoint_is_passed_over_and_told(
     exported = command_line("export", run.path)
     assert exported.code == 0, exported.err
     assert "is damaged" in exported.out and best.name in exported.out
-    shutil.rmtree(run.path / "exported")
+    others = [p for p in run.checkpoints.glob("epoch*/model.safetensors") if p != weights]
+    written = (run.path / "exported" / "model.safetensors").read_bytes()
+    assert written in [p.read_bytes() for p in others]
 
 
 def test_a_merged_reward_is_read_where_it_was_trained(
