@@ -18,8 +18,12 @@ class EnergyMeter:
     def __init__(self, read: Callable[[], int]) -> None:
         self._read, self._start = read, read()
 
-    def watt_hours(self) -> float:
-        return (self._read() - self._start) / MILLIJOULES_PER_WATT_HOUR
+    def watt_hours(self) -> float | None:
+        """Return them; None where the counter can be read no more, as of a GPU that was lost."""
+        try:
+            return (self._read() - self._start) / MILLIJOULES_PER_WATT_HOUR
+        except Exception:  # pynvml has an error of its own for each thing that can happen
+            return None
 
 
 def energy_meter(devices: list[torch.device]) -> EnergyMeter | None:

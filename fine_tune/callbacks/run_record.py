@@ -108,9 +108,10 @@ class RunRecord(Callback):
             known = run_of(trainer).read()
             seconds = known.get("seconds", 0.0) + time.monotonic() - self._start
             facts = {"status": status, "step": trainer.global_step, "seconds": round(seconds, 3)}
-            if self._energy is not None:
+            taken = self._energy.watt_hours() if self._energy is not None else None
+            if taken is not None:
                 before = known.get("energy", {}).get("watt_hours", 0.0)
-                facts["energy"] = {"watt_hours": round(before + self._energy.watt_hours(), 4)}
+                facts["energy"] = {"watt_hours": round(before + taken, 4)}
             run_of(trainer).update(facts)
 
     def _result(self, trainer: Trainer, pl_module: Any, split: str) -> None:

@@ -314,6 +314,19 @@ def test_energy_is_counted_over_all_starts_and_co2e_needs_a_factor(
     )
 
 
+def test_a_counter_of_energy_that_fails_at_the_end_costs_its_number_alone(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([0])  # then the GPU is lost
+    monkeypatch.setattr(
+        "fine_tune.callbacks.run_record.energy_meter", lambda _: EnergyMeter(lambda: next(readings))
+    )
+    outcome = command_line("fit", *fit_args, "--trainer.max_steps", 1)
+    assert outcome.code == 0, outcome.err
+    record = outcome.run().read()
+    assert record["status"] == "finished" and "energy" not in record
+
+
 def analysed(command_line: CommandLine, args: list[str], *more: object) -> tuple[str, str]:
     """Train, and return the main finding and the conclusion."""
     constant = ["--model.lr_scheduler", "constant", "--trainer.val_check_interval", 5]
