@@ -1,6 +1,6 @@
 """How an answer is written: the settings, and the choice of each next token. Pure functions of logits.
 
-Shape letters: B answers, V vocabulary.
+Shape letters: B answers, T tokens before the next one, V vocabulary.
 """
 
 import random
@@ -115,16 +115,16 @@ def next_tokens(
     up_to_BV = probabilities_BV.cumsum(-1)
     uniform_B1 = torch.tensor([[draw.random()] for draw in draws], dtype=torch.float64)
     point_B1 = uniform_B1.to(up_to_BV.device) * up_to_BV[:, -1:]
-    chosen_B1 = (up_to_BV <= point_B1).sum(-1, keepdim=True).clamp(max=up_to_BV.shape[1] - 1)
+    chosen_B1 = torch.searchsorted(up_to_BV, point_B1, right=True).clamp(max=up_to_BV.shape[1] - 1)
     if ids_BV is not None:
         chosen_B1 = ids_BV.gather(1, chosen_B1)
     return [int(token) for (token,) in chosen_B1.tolist()]
 
 
 def _penalized(logits_BV: Tensor, contexts: list[list[int]], penalty: float) -> Tensor:
-    logits_BV = logits_BV.clone()
-    for row, context in enumerate(contexts):
-        ids = torch.tensor(sorted(set(context)), device=logits_BV.device)
-        logits = logits_BV[row, ids]
-        logits_BV[row, ids] = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return logits_BV
+    columns = max(map(len, contexts))
+    padded = [context + context[:1] * (columns - len(context)) for context in contexts]
+    ids_BT = torch.tensor(padded, device=logits_BV.device)
+    logits_BT = logits_BV.gather(1, ids_BT)
+    penalized_BT = torch.where(logits_BT > 0, logits_BT / penalty, logits_BT * penalty)
+    return logits_BV.scatter(1, ids_BT, penalized_BT)
