@@ -1,4 +1,4 @@
-"""The settings of fit, validate and test: parsed, and held against all that needs no weights."""
+"""The settings of fit, validate, test and predict: parsed, and held against all that needs no weights."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar

@@ -19,6 +19,7 @@ from fine_tune.errors import UserError
 from fine_tune.report.inert import markdown
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
+from fine_tune.runs.run_folder import RECORD
 from fine_tune.trained_model import TrainedModel, run_name
 
 CARD = "README.md"
@@ -112,27 +113,33 @@ class ModelFolder:
         return self.base if is_name else None
 
     def card(self) -> str:
-        """Write the model card from the run's record."""
-        record = self.trained.run.read()
+        """Write the model card from the run's record.
+
+        Raises:
+            UserError: The record is damaged.
+        """
+        run, record = self.trained.run, self.trained.run.read()
         environment = jinja2.Environment(
             undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
         )
         environment.filters["shown"] = _shown
-        return environment.from_string(TEMPLATE.read_text("utf-8")).render(
-            name=run_name(self.trained.run),
-            folder=self,
-            record=record,
-            config=self.trained.config,
-            identity=record.get("identity") or {},
-            rows=record.get("num_rows") or {},
-            tokens=record.get("num_tokens") or {},
-            results=record.get("results") or [],
-            parents=record.get("parents") or [],
-            packages=(record.get("environment") or {}).get("packages") or {},
-            checkpoint=self.trained.checkpoint.name,
-            step=global_step(self.trained.checkpoint),
-            version=metadata.version("fine-tune"),
-        )
+        try:
+            return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+                name=run_name(run),
+                folder=self,
+                record=record,
+                identity=record.get("identity") or {},
+                rows=record.get("num_rows") or {},
+                tokens=record.get("num_tokens") or {},
+                results=record.get("results") or [],
+                parents=record.get("parents") or [],
+                packages=(record.get("environment") or {}).get("packages") or {},
+                checkpoint=self.trained.checkpoint.name,
+                step=global_step(self.trained.checkpoint),
+                version=metadata.version("fine-tune"),
+            )
+        except (jinja2.UndefinedError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{run.path / RECORD}: the run's record is damaged: {error}") from error
 
 
 def finish(unfinished: Path, folder: ModelFolder) -> None:

@@ -349,6 +349,19 @@ def test_full_weights_are_exported_and_have_nothing_to_merge(
     assert torch.equal(logits(ours), logits(theirs))
 
 
+@pytest.mark.parametrize(
+    "damage", [{"results": [{}]}, {"identity": {"data.files": [1]}}, {"parents": 3}]
+)
+def test_a_damaged_record_is_told_and_nothing_is_written(
+    command_line: CommandLine, fit_args: list[str], damage: dict[str, Any]
+) -> None:
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "1").run()
+    run.update(damage)
+    refused = command_line("export", run.path)
+    assert refused.code == 2 and "run.json: the run's record is damaged" in refused.err
+    assert not [p for p in run.path.iterdir() if "exported" in p.name]
+
+
 def test_a_damaged_best_checkpoint_is_passed_over_and_told(
     command_line: CommandLine, fit_args: list[str]
 ) -> None:
