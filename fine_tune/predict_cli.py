@@ -116,12 +116,16 @@ class PredictCLI(ModelCLI):
     def _identity(self, sampling: Sampling, max_new_tokens: int | None) -> dict[str, Any]:
         data, rows = self.settings.data.init_args, self.datamodule.predict_rows
         templates = {name: data.get(name) for name in ("format", "prompt", "chosen", "rejected")}
+        model = self.model.model_settings
+        form: dict[str, Any] = {"quantization": model.quantization, "config": model.config or None}
+        form["dtype"] = model.dtype if model.dtype != "auto" else None
         prompts = hashlib.sha256(json.dumps([i.input_ids for i in rows.items]).encode())
         return {
             "rows": rows.content,
             **{f"data.{name}": value for name, value in templates.items() if value is not None},
             "prompts": prompts.hexdigest(),
             **self.weights_identity(self.place),
+            **{f"model.{name}": value for name, value in form.items() if value is not None},
             **{f"sampling.{name}": value for name, value in vars(sampling).items()},
             "sampling.max_new_tokens": max_new_tokens,
             "trainer.precision": str(self.settings.trainer.precision),

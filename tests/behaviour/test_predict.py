@@ -177,6 +177,19 @@ def test_a_run_is_asked_as_it_was_trained_and_its_training_data_is_not_needed(
     assert replaced.code == 0 and len(read(output)) == 40
 
 
+def test_answers_of_another_form_of_the_model_are_not_mixed_in(
+    command_line: CommandLine, sharp_folder: Path, questions: Path, tmp_path: Path
+) -> None:
+    args = alone(sharp_folder, questions, tmp_path / "out.jsonl", "--sampling.max_new_tokens", "2")
+    assert predict(command_line, *args).code == 0
+    for setting, value in (("dtype", "bfloat16"), ("config", '{"rms_norm_eps": 0.1}')):
+        other = predict(command_line, *args, f"--model.{setting}", value)
+        assert other.code == 2, other.out
+        assert f"model.{setting}: what lies there was made with nothing, now" in other.err
+    same = predict(command_line, *args)
+    assert same.code == 0 and "is finished" in same.out
+
+
 def test_drawn_answers_depend_on_the_seed_and_the_row_alone(
     command_line: CommandLine, sharp_folder: Path, questions: Path, tmp_path: Path
 ) -> None:
