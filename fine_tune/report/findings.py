@@ -16,6 +16,7 @@ def analysis_of(run: RunRecord) -> Analysis:
     """Analyse a run's curves."""
     found, listed = events(run), run.record.get("events", [])
     broke = [e.get("step") for e in listed if e.get("kind") == "fallback" and not e.get("to")]
+    ended = broke and isinstance(broke[-1], int) and run.step < broke[-1]  # else it went on
     clip = run.number("trainer.gradient_clip_val")
     return analyse(
         Evidence(
@@ -29,7 +30,7 @@ def analysis_of(run: RunRecord) -> Analysis:
                 run.curve("val/rewards_accuracy_low"),
                 run.curve("val/rewards_accuracy_high"),
             ),
-            stopped_step=broke[-1] if broke and isinstance(broke[-1], int) else None,
+            stopped_step=broke[-1] if ended else None,
             clip=clip,
         )
     )

@@ -1,6 +1,7 @@
 """What a report says of a run, from made curves whose truth is known."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 
 from fine_tune.report.analysis import Analysis, Evidence, analyse, gap, gradients
 from fine_tune.report.charts import smoothed, thinned
+from fine_tune.report.findings import analysis_of
 from fine_tune.report.intervals import wilson
 from fine_tune.report.noise import mean_until, noise
-from fine_tune.report.record import Curve
+from fine_tune.report.record import Curve, RunRecord
 from fine_tune.report.tables import interval
 from fine_tune.report.targets import judge
 
@@ -69,6 +71,19 @@ def test_a_loss_far_above_its_start_is_divergence_however_wild() -> None:
 def test_a_run_stopped_at_a_step_without_finite_numbers_diverged() -> None:
     found = verdict([7.2, 9.0, 30.0], stopped_step=4, non_finite_steps=(4,))
     assert (found.verdict, found.main.numbers) == ("diverged", {"step": 4})
+
+
+@pytest.mark.parametrize(("last", "diverged"), [(49, True), (100, False)])
+def test_a_run_that_went_on_after_a_step_without_finite_numbers_did_not_end_there(
+    last: int, diverged: bool
+) -> None:
+    losses = enumerate(noisy(falling(last, 0.1)), start=1)
+    broke = {"step": 50, "kind": "fallback", "to": None, "event": "not finite"}
+    record = {"status": "finished", "step": last, "num_steps": 100, "events": [broke]}
+    metrics = [{"step": step, "train/loss": float(loss)} for step, loss in losses]
+    found = analysis_of(RunRecord(Path("run"), record=record, metrics=metrics))
+    assert (found.verdict == "diverged") == diverged
+    assert "fallbacks" in [finding.key for finding in found.others]
 
 
 def test_still_improving_is_told_with_its_numbers() -> None:

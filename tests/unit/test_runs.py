@@ -51,7 +51,7 @@ def root(tmp_path: Path) -> Path:
     killed = write_run(
         tmp_path, "killed", status="running", last_saved="2026-01-02T10:30:00+00:00", last="epoch=1.00-step=4",
         checkpoints=[{"name": "epoch=1.00-step=4", "step": 4}], identity={"data.seed": 3, "same": 2},
-        test_openings=[{"id": "c", "test_hash": "x"}], **start,
+        test_openings=[{"id": "c", "test_hash": "x"}], monitor="val/loss", best_score=0.5, **start,
     )  # fmt: skip
     (killed / "checkpoints" / "epoch=1.00-step=4").mkdir()
     own(killed, 2**22 + 1)  # a process that is gone
@@ -94,8 +94,10 @@ def test_runs_are_filtered_and_sorted(root: Path, capsys: pytest.CaptureFixture[
     assert [run["run"] for run in listed(root, capsys, "--filter", "status=k*")] == [
         "killed/version_0"
     ]
-    by_best = listed(root, capsys, "--sort", "val/loss")
-    assert by_best[0]["run"] == "done/version_0"
+    measured = ["killed/version_0", "done/version_0"]  # the others have none, and come last
+    for key, expected in (("val/loss", measured), ("-val/loss", measured[::-1])):
+        by_best = listed(root, capsys, f"--sort={key}")
+        assert [run["run"] for run in by_best][:2] == expected
     newest = [run["run"] for run in listed(root, capsys)]
     assert newest.index("done/version_0") > newest.index("killed/version_0")
 
