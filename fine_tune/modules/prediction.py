@@ -33,12 +33,14 @@ class Predicting:
     Args:
         sampling: How answers are written.
         max_new_tokens: Tokens an answer may have, resolved.
+        max_columns: Keys and values of all rows at once, as out of memory taught; None: as many as a budget allows.
         tell: Hears of each item of a batch and its result: ``ids`` and ``finish_reason`` of each of its answers, or
             ``reward``.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int = 256
+    max_columns: int | None = None
     tell: Callable[[int, dict[str, Any]], None] = nobody
 
 
@@ -55,7 +57,7 @@ def write_answers(module: "StepModule", batch: PredictBatch) -> None:
         [*batch["stop_ids"], *generation_stops(module.model)],
         int(cast(int, module.tokenizer.pad_token_id)),
         how.sampling,
-        COLUMNS_PER_TOKEN * tokens_at_once(module),
+        how.max_columns or COLUMNS_PER_TOKEN * tokens_at_once(module),
     )
 
     def out_of_memory(rows: list[Answer], columns: int) -> None:
@@ -64,6 +66,7 @@ def write_answers(module: "StepModule", batch: PredictBatch) -> None:
         module.handle(
             StepFailure("out_of_memory", "generation", 0, items, lengths, len(rows), columns)
         )
+        how.max_columns = columns // 2  # as the decoder does; the next batch begins with it
 
     written: dict[int, dict[int, Answer]] = {}
     for answer in decoder.write(answers, out_of_memory):
