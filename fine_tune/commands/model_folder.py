@@ -109,8 +109,9 @@ class ModelFolder:
     @property
     def base_on_the_hub(self) -> str | None:
         """The base's name, if it is one of the hub: where it lay here says nothing to others."""
-        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", self.base) and not Path(self.base).exists()
-        return self.base if is_name else None
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", self.base)
+        is_there = Path(self.trained.directory, self.base).exists()
+        return self.base if is_name and not is_there else None
 
     def card(self) -> str:
         """Write the model card from the run's record.

@@ -335,6 +335,22 @@ def test_an_exported_adapter_opens_in_peft(
     assert named.code == 0 and "a\\x1b[31m" in named.out and "\x1b" not in named.out
 
 
+def test_a_folder_that_reads_like_a_name_of_the_hub_is_none_wherever_it_is_exported_from(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_model("llama", tmp_path / "models" / "llama")
+    monkeypatch.chdir(tmp_path)
+    run = trained(command_line, fit_args, Path("models/llama"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    exported = command_line("export", run)
+    assert exported.code == 0, exported.err
+    assert "base_model:" not in (run / "exported" / "README.md").read_text()
+
+
 def test_full_weights_are_exported_and_have_nothing_to_merge(
     command_line: CommandLine, fit_args: list[str]
 ) -> None:
