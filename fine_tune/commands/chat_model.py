@@ -1,6 +1,7 @@
 """A run's model for a conversation: its weights, how its prompts are written, and what it can be compared with."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, chdir, nullcontext
 from dataclasses import dataclass, replace
@@ -231,9 +232,9 @@ def _run_of_checkpoint(name: str) -> Path | None:
 
 def _is_model(name: str, root: Path) -> bool:
     folder = Path(name)
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+    if any(os.path.isfile(folder / file) for file in ("config.json", "adapter_config.json")):
         return True
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+    if os.path.exists(folder) or name.count("/") != 1 or name.startswith((".", "/")):
         return False
     try:
         find_run(name, root)

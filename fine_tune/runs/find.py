@@ -1,6 +1,7 @@
 """Find a run by what a user types: its folder, its name (the newest version), or name and version."""
 
 import difflib
+import os
 from pathlib import Path
 
 from fine_tune.errors import UserError
@@ -19,10 +20,10 @@ def find_run(name: str, root: Path) -> RunFolder:
     """
     logs = root / LOGS
     for folder in (Path(name), logs / name):
-        if (folder / RECORD).is_file():
+        if os.path.isfile(folder / RECORD):  # Path.is_file() raises of a name too long for one
             return RunFolder(folder)
     base, _, version = name.strip("/").removeprefix(f"{LOGS}/").partition("/")
-    found = versions(root, base)
+    found = versions(root, base) if os.path.isdir(logs / base) else []
     of_version = [run for run in found if run.path.name in (version, f"version_{version}")]
     if found and (of_version or not version):
         return (of_version or found)[-1]

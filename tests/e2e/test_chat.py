@@ -257,6 +257,8 @@ def test_once_prints_the_answer_alone(
     assert alone.code == 2 and "a model alone has no base" in alone.err
     missing = command_line("chat", "nope", "--root", tmp_path, "--once", "a")
     assert missing.code == 2 and "no run 'nope'" in missing.err
+    long = command_line("chat", "What is the capital of Indonesia? " * 20, "--root", tmp_path)
+    assert long.code == 2 and "no run 'What is the capital" in long.err
     wrong = command_line("chat", talker, "--temperature", "-1", "--once", "a")
     assert wrong.code == 2 and "temperature: must be 0 or above" in wrong.err
 

@@ -109,6 +109,7 @@ def test_runs_are_filtered_and_sorted(root: Path, capsys: pytest.CaptureFixture[
         (["--filter", "status"], "is not KEY=PATTERN"),
         (["--sort", "vall/loss"], "no run has 'vall/loss'; did you mean 'val/loss'"),
         (["--compare", "done", "nope"], "no run 'nope'"),
+        (["--compare", "done", "a question typed in its place, " * 20], "no run 'a question"),
     ],
 )
 def test_mistakes_are_told(
