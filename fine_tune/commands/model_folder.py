@@ -33,13 +33,14 @@ def start_folder(target: Path) -> Iterator[Path]:
     Raises:
         UserError: The target exists, or cannot be written.
     """
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    place = Path(os.path.abspath(target))  # where . and .. have names
+    unfinished = place.parent / f".{place.name}.{os.getpid()}.unfinished"
     try:
         if target.exists() or target.is_symlink():
             raise UserError(
                 f"output: '{target}' exists and is not overwritten; give another --output, or remove it"
             )
-        for leftover in target.parent.glob(f".{target.name}.*.unfinished"):
+        for leftover in place.parent.glob(f".{place.name}.*.unfinished"):
             if not psutil.pid_exists(int(leftover.name.split(".")[-2])):  # of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir(parents=True)

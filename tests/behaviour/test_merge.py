@@ -316,6 +316,9 @@ def test_nothing_is_overwritten(
     refused = command_line("merge", run)
     assert refused.code == 2 and "exists and is not overwritten" in refused.err
     assert [p.name for p in (run / "merged").iterdir()] == ["mine.txt"]
+    for there in (".", "..", "/"):
+        refused = command_line("export", run, "--output", there)
+        assert refused.code == 2 and "exists and is not overwritten" in refused.err
 
 
 def test_an_exported_adapter_opens_in_peft(
