@@ -3,6 +3,7 @@
 import logging
 from contextlib import chdir
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class TrainedModel:
         """Whether the checkpoint holds an adapter, not full weights."""
         return (self.checkpoint / "adapter_config.json").is_file()
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's own."""
         return models.load_tokenizer("tokenizer", str(self.checkpoint), None)
@@ -153,8 +154,3 @@ def _model_settings(section: Any, file: Path) -> ModelSettings:
         raise UserError(
             f"{file}: its model section is not one of this project's runs ({type(error).__name__}: {error})"
         ) from error
-
-
-def run_name(run: RunFolder) -> str:
-    """Return ``name/version_N``."""
-    return f"{run.path.parent.name}/{run.path.name}"

@@ -12,7 +12,7 @@ from fine_tune.modules.run_identity import IDENTITY_FILE
 from fine_tune.printable import printable
 from fine_tune.runs.checkpoint import MANIFEST, TRAINING_STATE, read_manifest
 from fine_tune.runs.find import find_run
-from fine_tune.trained_model import TrainedModel, run_name, trained_model
+from fine_tune.trained_model import TrainedModel, trained_model
 
 log = logging.getLogger("fine_tune")
 OURS = (TRAINING_STATE, MANIFEST, IDENTITY_FILE)
@@ -61,6 +61,6 @@ def _check_base(trained: TrainedModel) -> None:
         return
     if adapter_base(base) is not None:
         raise UserError(
-            f"run: the adapter of {run_name(trained.run)} was trained on a base with another adapter merged into it "
+            f"run: the adapter of {trained.run.name} was trained on a base with another adapter merged into it "
             f"({name}), which peft would leave out; python -m fine_tune merge writes the whole model"
         )

@@ -16,7 +16,7 @@ from fine_tune.model_config import load_config
 from fine_tune.modules.precision import DTYPES
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
-from fine_tune.trained_model import TrainedModel, run_name, trained_model
+from fine_tune.trained_model import TrainedModel, trained_model
 
 log = logging.getLogger("fine_tune")
 # Of the largest difference of a logit, in float32; layers of 8 bit also round what they multiply.
@@ -54,7 +54,7 @@ def merge(
     trained = trained_model(find_run(run, Path(root)), checkpoint, base_model)
     if not trained.trains_adapter:
         raise UserError(
-            f"run: {run_name(trained.run)} trained all weights, so there is nothing to merge; "
+            f"run: {trained.run.name} trained all weights, so there is nothing to merge; "
             f"python -m fine_tune export {run} writes them"
         )
     target = Path(output) if output is not None else trained.run.path / "merged"
@@ -77,7 +77,7 @@ def _merge_into(folder: Path, trained: TrainedModel, dtype: Dtype) -> dict[str, 
     rows = probe_rows(trained)
     model = trained.load()
     bound = BOUNDS.get(trained.settings.quantized, BOUNDS["nf4"])
-    log.info("merging %s, checkpoint %s", run_name(trained.run), trained.checkpoint.name)
+    log.info("merging %s, checkpoint %s", trained.run.name, trained.checkpoint.name)
     with computing_in(model, torch.float32):
         expected = logits(model, rows)
     with computing_merged(model):

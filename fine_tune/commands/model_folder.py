@@ -20,7 +20,7 @@ from fine_tune.report.inert import markdown
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
 from fine_tune.runs.run_folder import RECORD
-from fine_tune.trained_model import TrainedModel, run_name
+from fine_tune.trained_model import TrainedModel
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).parent / "model_card.md.j2"
@@ -127,7 +127,7 @@ class ModelFolder:
         environment.filters["shown"] = _shown
         try:
             return environment.from_string(TEMPLATE.read_text("utf-8")).render(
-                name=run_name(run),
+                name=run.name,
                 folder=self,
                 record=record,
                 identity=record.get("identity") or {},

@@ -16,11 +16,10 @@ from rich.text import Text
 from fine_tune.errors import UserError, nearest
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
-from fine_tune.runs.listing import WRONG, Listed, list_runs, numbers
+from fine_tune.runs.listing import HEADLINES, WRONG, Listed, list_runs, numbers
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
 
 TEXTS = ["run", "status", "model", "data", "started"]
-MOSTLY_WANTED = ("test/exact_match", "test/rewards_accuracy", "test/loss")
 COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "red"}
 
 
@@ -125,7 +124,7 @@ def _table(runs: list[Listed]) -> Table:
         test = next(
             (
                 f"{n.removeprefix('test/')} {run['test'][n]:.4g}"
-                for n in MOSTLY_WANTED
+                for n in HEADLINES
                 if n in run["test"]
             ),
             "",
@@ -151,7 +150,7 @@ def _table(runs: list[Listed]) -> Table:
 def _compare(names: list[str], root: Path, *, as_json: bool) -> int:
     """Show every setting and metric in which runs differ, side by side."""
     folders = [find_run(name, root) for name in names]
-    titles = [f"{run.path.resolve().parent.name}/{run.path.resolve().name}" for run in folders]
+    titles = [run.name for run in folders]
     facts = [_facts(run) for run in folders]
     keys = list(dict.fromkeys(key for of_run in facts for key in of_run))
     different = {

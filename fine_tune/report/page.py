@@ -12,8 +12,8 @@ from fine_tune.report.record import RunRecord
 from fine_tune.report.results import interval_of, shown_interval
 from fine_tune.report.setup import purpose, setup
 from fine_tune.report.words import Words
+from fine_tune.runs.listing import HEADLINES
 
-HEADLINES = ("test/exact_match", "test/rewards_accuracy", "test/loss")
 TONES: dict[str, Tone] = {"finished": "good", "running": "note", "stopped": "note", "empty": "note"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fine_tune.runs.run_folder import RECORD, status_of
+from fine_tune.runs.run_folder import RECORD, RunFolder, status_of
 from fine_tune.runs.run_lock import is_owned
 
 METRICS, CONFIG, AUDIT, ANSWERS = "metrics.csv", "config.yaml", "data.json", "generations.jsonl"
@@ -64,7 +64,7 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        return f"{self.path.parent.name}/{self.path.name}"
+        return RunFolder(self.path).name
 
     @property
     def status(self) -> str:

@@ -13,6 +13,7 @@ from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder, status_of
 from fine_tune.runs.run_lock import is_owned
 
 Listed = dict[str, Any]
+HEADLINES = ("test/exact_match", "test/rewards_accuracy", "test/loss")  # what is looked at first
 WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
 RESUMABLE = ("stopped", "failed", "killed")
 
@@ -58,7 +59,7 @@ def _describe(path: Path, record: dict[str, Any], opened: dict[str, set[str]]) -
     last = record.get("last")
     newest = next((c["step"] for c in record.get("checkpoints", []) if c["name"] == last), 0)
     return {
-        "run": f"{path.parent.name}/{path.name}",
+        "run": run.name,
         "status": status,
         "resumable": status in RESUMABLE and run.checkpoint("last") is not None,
         "step": int(record.get("step", newest)),

@@ -32,6 +32,12 @@ class RunFolder:
     path: Path
 
     @property
+    def name(self) -> str:
+        """``<name>/version_N``, also of a path like ``.``"""
+        whole = self.path.resolve()
+        return f"{whole.parent.name}/{whole.name}"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -67,6 +67,15 @@ def test_a_record_that_is_no_record_is_no_error(tmp_path: Path, text: str) -> No
     assert "config.yaml" in run.damaged
 
 
+def test_a_run_is_named_by_its_folders_from_within_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine" / "version_3"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert read_run(Path()).name == read_run(folder).name == "mine/version_3"
+
+
 def test_settings_are_found_by_their_names_on_the_command_line(tmp_path: Path) -> None:
     config = "model: {class_path: x.SFT, init_args: {lora: {init_args: {r: 8}}}}\n"
     config += "data: {init_args: {batch_size: 4}}\n"
