@@ -217,7 +217,8 @@ def test_out_of_memory_halves_what_is_taken_at_once_and_changes_no_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole, halved = tmp_path / "whole.jsonl", tmp_path / "halved.jsonl"
-    assert predict(command_line, *alone(sharp_folder, questions, whole)).code == 0
+    drawn = ["--sampling.temperature", "0.8"]
+    assert predict(command_line, *alone(sharp_folder, questions, whole, *drawn)).code == 0
     sizes: list[int] = []
     choose = Decoder._choose
 
@@ -229,7 +230,7 @@ def test_out_of_memory_halves_what_is_taken_at_once_and_changes_no_answer(
 
     monkeypatch.setattr(Decoder, "_choose", small_device)
     monkeypatch.setattr("fine_tune.data.predict_loader.ITEMS_PER_BATCH", 10)
-    outcome = predict(command_line, *alone(sharp_folder, questions, halved))
+    outcome = predict(command_line, *alone(sharp_folder, questions, halved, *drawn))
     assert outcome.code == 0, outcome.err
     assert read(halved) == read(whole)
     assert sum(size > 250 for size in sizes) == 1, "the other batches take what fits"
