@@ -5,7 +5,6 @@ Shape letters: B rows, T tokens, V vocabulary.
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from fine_tune.memory import (
     without_values_of,
 )
 from fine_tune.modules.model_settings import ModelSettings
-from fine_tune.modules.optimization import build_optimizer
+from fine_tune.modules.optimizer_state import bytes_of_state
 from fine_tune.modules.precision import precision_dtype, weights_dtype
 from fine_tune.modules.weights import adapted
 
@@ -126,14 +125,9 @@ class MemoryPlanner:
                 as_if_loaded(model)
                 held = bytes_held([*model.parameters(), *model.buffers()])
                 trained = [p for p in model.parameters() if p.requires_grad]
-                built = build_optimizer(
-                    self.module.optimizer, model.named_parameters(), self.module.lora_plus_ratio
-                )
-                for parameter in trained:
-                    parameter.grad = torch.empty_like(parameter)
-                built.step()
                 gradients = sum(p.nbytes for p in trained)
-                self._states[key] = held, gradients, bytes_held(_tensors(built.state))
+                state = bytes_of_state(self.module, trained)
+                self._states[key] = held, gradients, state
         return self._states[key]
 
     def _working(
@@ -214,8 +208,3 @@ def _without_values_of_lora(settings: ModelSettings) -> ModelSettings:
 def _alike(config: PreTrainedConfig) -> bool:
     kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
     return len(set(kinds)) == 1
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    for of_parameter in state.values():
-        yield from (value for value in of_parameter.values() if isinstance(value, Tensor))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from harness import CommandLine, write_rows
-from lora_runs import save_model
+from lora_runs import SIZES, save_model
+from small_models import save_small_model
 from torch import Tensor
 
 from fine_tune.memory import LiveBytes, bytes_held
@@ -92,10 +93,22 @@ def test_a_plan_is_what_a_step_takes(
         assert working == pytest.approx(real["working"], rel=0.1), way
 
 
-def test_a_deep_model_is_planned_from_shallow_ones(fit_args: list[str], tmp_path: Path) -> None:
-    from lora_runs import SIZES
-    from small_models import save_small_model
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit", "AdamW"])
+def test_the_state_of_bitsandbytes_optimizers_is_planned(
+    fit_args: list[str], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "wide"
+    save_small_model(folder, hidden_size=128, num_hidden_layers=1, intermediate_size=1024)
+    optimizer = ["--model.optimizer", f"bitsandbytes.optim.{name}", "--model.optimizer.lr", "1e-3"]
+    run = prepared(fit_args, folder, tmp_path, *optimizer)
+    batch = run.datamodule.longest_rows("train")
+    planner = MemoryPlanner(run.model, run.datamodule.tokenizer, "32-true")
+    for way in ways_to_train(run.model.model_settings, planner.config)[::2]:
+        planned = planner.at_once(way.settings, batch, 4)
+        assert planned.optimizer == taken(run, way, batch, 4, "32-true")["optimizer"], way
 
+
+def test_a_deep_model_is_planned_from_shallow_ones(fit_args: list[str], tmp_path: Path) -> None:
     deep = tmp_path / "deep"
     save_small_model(deep, **{**SIZES, "num_hidden_layers": 12})
     run = prepared(fit_args, deep, tmp_path)
