@@ -43,6 +43,8 @@ def scored_answers(row: Row, templates: Templates) -> Scored:
         )
     if row.get("messages") is not None and templates.prompt is None:
         turns = row["messages"]
+        if not isinstance(turns, list):
+            raise RowError(f"messages: must be a list of turns, got {type(turns).__name__}")
         if not turns or not isinstance(turns[-1], dict) or turns[-1].get("role") != "assistant":
             return _behind(row, templates, asked(row, "messages", templates))
         before = asked(row, "messages", templates)
@@ -64,6 +66,8 @@ def _behind(row: Row, templates: Templates, before: Example) -> Scored:
     if name == "chosen" and templates.chosen is not None:
         return Scored([("reward", _answered(before, fill(templates.chosen, row)))])
     answers: list[Any] = row[name] if isinstance(row[name], list) else [row[name]]
+    if not answers:
+        raise RowError(f"{name}: an empty list has no answer to score")
     texts = [_as_trained(field_text({name: answer}, name), row, templates) for answer in answers]
     return Scored(
         [("reward", _answered(before, text)) for text in texts], isinstance(row[name], list)

@@ -1,5 +1,6 @@
 """Write a run's report into its folder, or the comparison of several."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def _write(page: Page, words: Words, file: Path) -> Path:
 
 
 def _replace(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8", errors="replace")

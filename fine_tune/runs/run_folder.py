@@ -52,6 +52,13 @@ class RunFolder:
             raise UserError(f"{file}: the run's record is damaged: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{file}: the run's record is damaged: it is no mapping")
+        saved = record.get("checkpoints", [])
+        if not isinstance(saved, list) or not all(
+            isinstance(c, dict) and "name" in c for c in saved
+        ):
+            raise UserError(
+                f"{file}: the run's record is damaged: its checkpoints are no list of them"
+            )
         return record
 
     @property

@@ -369,7 +369,14 @@ def test_full_weights_are_exported_and_have_nothing_to_merge(
 
 
 @pytest.mark.parametrize(
-    "damage", [{"results": [{}]}, {"identity": {"data.files": [1]}}, {"parents": 3}]
+    "damage",
+    [
+        {"results": [{}]},
+        {"identity": {"data.files": [1]}},
+        {"parents": 3},
+        {"checkpoints": 3},
+        {"checkpoints": [3]},
+    ],
 )
 def test_a_damaged_record_is_told_and_nothing_is_written(
     command_line: CommandLine, fit_args: list[str], damage: dict[str, Any]
