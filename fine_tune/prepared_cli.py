@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fine_tune.batches import Choice
 from fine_tune.callbacks.stop_signals import StopRequest
 from fine_tune.settings_cli import SettingsCLI, run_cli
 from fine_tune.trainer_settings import check_trainer
@@ -13,6 +14,9 @@ class PreparedCLI(SettingsCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         check_trainer(self.settings.trainer)
         self.check_before_weights()
+
+    def _take_what_fits(self) -> dict[str, Choice]:
+        return {}  # ``plan`` says it for any memory
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing: the caller looks at ``plan``, ``datamodule``, ``model`` and ``chosen``."""

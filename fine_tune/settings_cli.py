@@ -18,6 +18,7 @@ from fine_tune.callbacks.vram_guard import VRAMGuard
 from fine_tune.config_check import asks_for_help, check_settings
 from fine_tune.errors import UserError, nearest
 from fine_tune.exits import user_error_behind
+from fine_tune.memory_choices import choose_by_memory
 from fine_tune.parser_reports import innermost, with_key
 from fine_tune.runs.run_folder import LOGS, check_name
 from fine_tune.saved_config import RunConfig
@@ -208,7 +209,7 @@ class SettingsCLI(LightningCLI):
         model.check(plan, data.tokenizer)
         asked = self.settings.trainer.val_check_interval
         self.val_check_interval = validation_steps(asked, plan.steps_per_epoch)
-        self.chosen = self._take_choices(plan)
+        self.chosen = {**self._take_choices(plan), **self._take_what_fits()}
         problems = []
         measured = [f"val/{name}" for name in model.evaluation_metrics]
         if self.subcommand == "fit":
@@ -240,6 +241,17 @@ class SettingsCLI(LightningCLI):
             )
         if problems:
             raise UserError(*problems)
+
+    def _take_what_fits(self) -> dict[str, Choice]:
+        """Find out what was left to memory (``auto``), and write it into the settings."""
+        if self.subcommand != "fit":
+            return {}
+        chosen = choose_by_memory(self.model, self.datamodule, str(self.settings.trainer.precision))
+        for key, choice in chosen.items():
+            section, name = key.split(".")
+            self.settings[section].init_args[name] = choice.value
+        self.plan = self.datamodule.make_plan(self.settings.trainer.max_steps)
+        return chosen
 
     def _take_choices(self, plan: DataPlan) -> dict[str, Choice]:
         """Write what rules chose for settings left open into the settings, so that the saved config shows them."""

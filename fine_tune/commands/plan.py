@@ -11,6 +11,7 @@ from rich.console import Console
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.errors import UserError
 from fine_tune.exits import exit_code
+from fine_tune.memory_choices import HEADROOM
 from fine_tune.modules.memory_plan import CUDA_CONTEXT, MemoryPlanner, StepMemory
 from fine_tune.modules.memory_ways import Fitting, Way, largest_budget, largest_rows, ways_to_train
 from fine_tune.prepared_cli import PreparedCLI, prepare_as_fit
@@ -18,7 +19,6 @@ from fine_tune.runs.find import find_run
 from fine_tune.settings import read_yaml, split_flags
 
 GIB = 2**30
-HEADROOM = 0.1  # of the device, left free
 ON_A_GPU = "bf16-mixed"  # has the sizes of 16-mixed, too
 TERMS = ("weights", "gradients", "optimizer", "activations", "logits", "attention")
 HELP = "The other flags are those of fit: --config configs/x.yaml, --data.path rows.jsonl ... (fit --help)."

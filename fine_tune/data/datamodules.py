@@ -7,7 +7,7 @@ from fine_tune.data.encode import AssistantTurns, Truncation
 from fine_tune.data.formats import FormatName
 from fine_tune.data.options import EmptyCompletions, Options, Split
 from fine_tune.data.sources import Source
-from fine_tune.data.step_data import LoaderSettings, StepData
+from fine_tune.data.step_data import LoaderSettings, MicroBatch, StepData, number_of
 
 
 class SFTData(StepData):
@@ -26,7 +26,8 @@ class SFTData(StepData):
         stratify_by: Field whose values get the same share in every split, like a topic; sizes are exact then.
         batch_size: Rows per optimizer step, over all ranks. None: 8, or more for very long rows.
         max_tokens_per_micro_batch: Padded tokens per forward pass on one device: lower it when memory is short, the
-            result stays the same. None: 8 rows of ``max_length``, fewer for long rows or on a CPU.
+            result stays the same. None: 8 rows of ``max_length``, fewer for long rows or on a CPU. auto: what
+            fits with 10 % of the memory to spare (see ``plan``).
         max_length: Tokens a row may have. None: the longest training row up to a multiple of 128, within the model's
             positions and 32,768.
         truncation: Longer rows: ``prompt_left`` cuts the prompt's beginning, ``completion_right`` the end, ``drop``
@@ -59,7 +60,7 @@ class SFTData(StepData):
         group_by: str | None = None,
         stratify_by: str | None = None,
         batch_size: int | None = None,
-        max_tokens_per_micro_batch: int | None = None,
+        max_tokens_per_micro_batch: MicroBatch = None,
         max_length: int | None = None,
         truncation: Truncation = "prompt_left",
         assistant_turns: AssistantTurns = "all",
@@ -80,7 +81,7 @@ class SFTData(StepData):
         listed = listed_sources(path, sources, format, prompt, completion, revision)
         sizes = {
             "batch_size": batch_size,
-            "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
+            "max_tokens_per_micro_batch": number_of(max_tokens_per_micro_batch),
             "max_length": max_length,
             "epochs": epochs,
             "eval_batch_size": eval_batch_size,
@@ -144,7 +145,8 @@ class PreferenceData(StepData):
         stratify_by: Field whose values get the same share in every split, like a topic; sizes are exact then.
         batch_size: Pairs per optimizer step, over all ranks. None: 8, or more for very long ones.
         max_tokens_per_micro_batch: Padded tokens per forward pass on one device: lower it when memory is short, the
-            result stays the same. None: 8 rows of ``max_length``, fewer for long rows or on a CPU.
+            result stays the same. None: 8 rows of ``max_length``, fewer for long rows or on a CPU. auto: what
+            fits with 10 % of the memory to spare (see ``plan``).
         max_length: Tokens a prompt may have together with either answer. None: the longest training pair's up to a
             multiple of 128, within the model's positions and 32,768.
         truncation: Longer pairs: ``prompt_left`` cuts the prompt's beginning, ``completion_right`` the answers' ends,
@@ -177,7 +179,7 @@ class PreferenceData(StepData):
         group_by: str | None = None,
         stratify_by: str | None = None,
         batch_size: int | None = None,
-        max_tokens_per_micro_batch: int | None = None,
+        max_tokens_per_micro_batch: MicroBatch = None,
         max_length: int | None = None,
         truncation: Truncation = "prompt_left",
         epochs: int | None = None,
@@ -197,7 +199,7 @@ class PreferenceData(StepData):
         listed = pair_sources(path, sources, prompt, chosen, rejected, revision)
         sizes = {
             "batch_size": batch_size,
-            "max_tokens_per_micro_batch": max_tokens_per_micro_batch,
+            "max_tokens_per_micro_batch": number_of(max_tokens_per_micro_batch),
             "max_length": max_length,
             "epochs": epochs,
             "eval_batch_size": eval_batch_size,

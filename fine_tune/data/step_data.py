@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,13 +27,15 @@ from fine_tune.data.token_cache import PreparedData
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
 
+MicroBatch = int | Literal["auto"] | None  # padded tokens
+
 
 @dataclass(frozen=True)
 class LoaderSettings:
     """How rows are handed out, and where prepared ones are kept; ``SFTData`` documents them."""
 
     batch_size: int | None
-    max_tokens_per_micro_batch: int | None
+    max_tokens_per_micro_batch: MicroBatch
     epochs: int | None
     eval_batch_size: int | None
     num_workers: int
@@ -70,7 +72,8 @@ class StepData(LightningDataModule):
         self.sources, self.options = sources, options
         self.collator, self.columns = collator, list(columns)
         self.batch_size = settings.batch_size
-        self.max_tokens_per_micro_batch = settings.max_tokens_per_micro_batch
+        self.max_tokens_per_micro_batch = number_of(settings.max_tokens_per_micro_batch)
+        self.fills_memory = settings.max_tokens_per_micro_batch == "auto"
         self.epochs, self.eval_batch_size = settings.epochs, settings.eval_batch_size
         self.num_workers, self.seed = settings.num_workers, settings.seed
         self.cache_dir = Path(settings.cache_dir or "lightning_logs/.cache")
@@ -318,3 +321,8 @@ class StepData(LightningDataModule):
 
     def _view(self, rows: Dataset) -> Dataset:
         return rows.select_columns(self.columns).with_format("numpy")
+
+
+def number_of(tokens: MicroBatch) -> int | None:
+    """Return the budget where it is a number; what fits is found out later."""
+    return tokens if isinstance(tokens, int) else None

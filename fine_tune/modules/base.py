@@ -68,7 +68,8 @@ class StepModule(LightningModule):
         lora_plus_ratio: Learning rate of LoRA's B matrices over that of its A matrices (LoRA+, arXiv 2402.12354; 16
             there, with a lower rate of A). None: the same.
         gradient_checkpointing: Recompute activations in the backward pass: about a third slower, far less memory.
-            None: by the length of the training rows (longest above 4,000 or mean above 2,000 tokens).
+            None: by the length of the training rows (longest above 4,000 or mean above 2,000 tokens). auto: only where
+            memory asks for it (see ``plan``).
         optimizer: Any torch or bitsandbytes optimizer; matrices decay by its ``weight_decay``, vectors do not.
         lr_scheduler: Shape of the learning rate after warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
@@ -87,7 +88,7 @@ class StepModule(LightningModule):
         quantization: Literal["nf4", "fp4", "int8"] | None = None,
         lora: LoraConfig | Literal["auto"] | None = None,
         lora_plus_ratio: float | None = None,
-        gradient_checkpointing: bool | None = None,
+        gradient_checkpointing: bool | Literal["auto"] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
         lr_scheduler: Schedule = "cosine",
         warmup_steps: int | None = None,

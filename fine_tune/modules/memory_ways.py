@@ -59,6 +59,11 @@ def ways_to_train(settings: ModelSettings, config: PreTrainedConfig) -> list[Way
     ]
 
 
+def way_as_set(settings: ModelSettings, *, recomputed: bool) -> Way:
+    """Return the way that the settings say, with or without recomputed activations."""
+    return Way(_name(settings), _replaced(settings, gradient_checkpointing=recomputed), "")
+
+
 def largest_rows(lengths: list[int], budget: int | None) -> int:
     """Return the rows of the first micro-batch, which holds the longest."""
     return cut_by_tokens(lengths, budget)[0].stop

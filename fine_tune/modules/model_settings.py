@@ -39,7 +39,7 @@ class ModelSettings:
     attn_implementation: str | None
     quantization: str | None
     lora: LoraConfig | Literal["auto"] | None
-    gradient_checkpointing: bool | None
+    gradient_checkpointing: bool | Literal["auto"] | None
     head: Head = "lm"
     quantized: str | None = field(init=False)
     continued_adapter: str | None = field(init=False, default=None)

@@ -77,7 +77,7 @@ def adapted(model: Any, settings: ModelSettings, precision: str, weights: str | 
         precision: The trainer's.
         weights: Folder or hub name of the unquantized weights; LoftQ compares with them.
     """
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing is True:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora is not None:
         model = adapters.add_lora(model, settings.lora, weights, settings.head)

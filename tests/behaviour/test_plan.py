@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from harness import CommandLine, write_rows
 from lora_runs import SIZES, save_model
 from small_models import save_small_model
 from torch import Tensor
 
+from fine_tune.device_memory import HostMemory
 from fine_tune.memory import LiveBytes, bytes_held
 from fine_tune.modules.memory_plan import MemoryPlanner, StepMemory
 from fine_tune.modules.memory_ways import Way, ways_to_train
@@ -153,3 +155,55 @@ def test_plan_refuses_what_makes_no_sense(
 ) -> None:
     refused = command_line("plan", *fit_args, "--trainer.default_root_dir", str(tmp_path), *more)
     assert refused.code == 2 and told in refused.err
+
+
+class Device(HostMemory):
+    """A device of a chosen size with nothing on it."""
+
+    def __init__(self, gib: float) -> None:
+        super().__init__()
+        self.gib = gib
+
+    def total(self) -> int:
+        return int(self.gib * 2**30)
+
+    def used(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("gib", "recomputed", "rows"),
+    [(1.0, False, 8), (0.0026, False, 4), (0.0019, True, 1), (0.0015, True, 1)],
+)
+def test_auto_takes_as_many_rows_as_fit_and_recomputes_only_where_it_must(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    gib: float,
+    recomputed: bool,
+    rows: int,
+) -> None:
+    monkeypatch.setattr("fine_tune.memory_choices.memory_of", lambda _: Device(gib))
+    auto = ["--data.max_tokens_per_micro_batch", "auto", "--model.gradient_checkpointing", "auto"]
+    outcome = command_line("fit", *fit_args, *auto)
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load((outcome.run().path / "config.yaml").read_text())
+    assert config["model"]["init_args"]["gradient_checkpointing"] is recomputed
+    assert config["data"]["init_args"]["max_tokens_per_micro_batch"] == 24 * rows
+    assert "data.max_tokens_per_micro_batch: " in outcome.out
+    again = command_line("fit", *fit_args, "--name", "plain")
+    assert outcome.metrics()[-1]["val/loss"] == pytest.approx(
+        again.metrics("plain")[-1]["val/loss"]
+    )
+
+
+def test_auto_leaves_a_budget_of_ones_own(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fine_tune.memory_choices.memory_of", lambda _: Device(1.0))
+    own = ["--data.max_tokens_per_micro_batch", "48", "--model.gradient_checkpointing", "auto"]
+    outcome = command_line("fit", *fit_args, *own)
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load((outcome.run().path / "config.yaml").read_text())
+    assert config["data"]["init_args"]["max_tokens_per_micro_batch"] == 48
+    assert config["model"]["init_args"]["gradient_checkpointing"] is False
