@@ -1,5 +1,7 @@
 """The exception for the user's mistakes (text, exit code 2, no traceback), and the one that sends a run back."""
 
+from fine_tune.printable import printable
+
 
 class UserError(Exception):
     """One or more problems the user can fix.
@@ -11,14 +13,14 @@ class UserError(Exception):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(printable(problem) for problem in problems)
+        self.problems = tuple(in_brief(problem) for problem in problems)
         super().__init__("\n".join(self.problems))
 
 
-def printable(text: str) -> str:
+def in_brief(text: str) -> str:
     """Return a message as it may reach a terminal: control characters spelled out, and no screens of one value."""
     shown = text if len(text) <= 2_000 else f"{text[:2_000]} ..."
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in shown)
+    return printable(shown, keep="\n\t")
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from fine_tune import summary
 from fine_tune.callbacks.stop_signals import Stopped
-from fine_tune.errors import printable
+from fine_tune.errors import in_brief
 from fine_tune.exits import user_error_behind
 from fine_tune.runs import slurm
 from fine_tune.runs.run_folder import RunFolder
@@ -25,7 +25,7 @@ def write_report(run: RunFolder, language: Literal["en", "id"] | None) -> None:
 
         log.info("report: %s", write_report(run.path, language))
     except Exception as error:
-        told = printable(f"{type(error).__name__}: {error}")
+        told = in_brief(f"{type(error).__name__}: {error}")
         log.info("WARNING: no report was written (%s)", told)
 
 

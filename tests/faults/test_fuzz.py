@@ -12,7 +12,7 @@ from fuzz import fuzz, wrong_message
 from harness import TOKENIZER, CommandLine, Outcome
 
 from fine_tune.data import SFTData
-from fine_tune.errors import UserError, printable
+from fine_tune.errors import UserError, in_brief
 from fine_tune.prepared_cli import prepare_as_fit
 from fine_tune.settings import read_yaml
 
@@ -178,7 +178,7 @@ trainer: {{default_root_dir: {tmp_path}, accelerator: cpu}}
 
 
 def test_messages_hold_no_control_characters_and_no_screens() -> None:
-    assert printable("a\x1b[31m\tb\r\nc\u2028\ud800") == "a\\x1b[31m\tb\\r\nc\\u2028\\ud800"
+    assert in_brief("a\x1b[31m\tb\r\nc\u2028\ud800") == "a\\x1b[31m\tb\\r\nc\\u2028\\ud800"
     assert len(UserError("x" * 5000).problems[0]) == 2004
 
 
