@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -109,7 +108,8 @@ def read_predict_rows(
             lines = [line.replace("\n", " ").replace("\r", " ") for line in batch.get(JSON_ROW, [])]
             content = fingerprint(source)
     except UserError as error:
-        raise UserError(*(_named(problem, path) for problem in error.problems)) from error
+        named = (problem.replace("data.path:", f"{KEY}:") for problem in error.problems)
+        raise UserError(*named) from error
     lines = lines or [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
     scores = max_new_tokens is None
     taken = [name for name in (OURS_OF_SCORES if scores else OURS) if name in columns]
@@ -252,7 +252,3 @@ def _missing(source: Source, format_name: str, columns: list[str]) -> Iterator[s
                 f"{source.path}: the run's prompt wants the field '{name}', the rows have {sorted(columns)}"
                 f"{nearest(name, columns)}"
             )
-
-
-def _named(problem: str, path: Any) -> str:
-    return problem.replace("data.path:", f"{KEY}:") if path else problem

@@ -1,5 +1,6 @@
 """A raw row -> what a model is asked: the prompt half of ``formats.py`` and ``encode.py``. No answer is needed."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def _first_row(source: Source) -> dict[str, Any]:
                 return {"text": ""}
             line = next(handle)
             if Path(path).suffix == ".csv":
-                return dict.fromkeys(line.strip().split(","))
+                return dict.fromkeys(next(csv.reader([line])))
             return dict(json.loads(line))
     except (OSError, ValueError, StopIteration, TypeError):
         return {}
