@@ -11,6 +11,7 @@ from fine_tune.report.blocks import Page
 from fine_tune.report.words import Words
 
 TEMPLATES = Path(__file__).parent / "templates"
+MARK = "a report of fine_tune"  # in both templates; a file without it is not replaced
 
 
 def html(page: Page, words: Words) -> str:

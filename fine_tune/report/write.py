@@ -32,11 +32,11 @@ def write_report(
         output: Folder to write into; None: the run's.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: The folder cannot be written, or holds a file of this name that is no report of ours.
     """
     words = Words(language)
     page = page_of(read_run(folder), words, every, grid)
-    return _write(page, words, (output or folder) / NAME)
+    return _write(page, words, folder / NAME if output is None else _free(output / NAME))
 
 
 def write_comparison(
@@ -50,7 +50,7 @@ def write_comparison(
         output: Folder to write into; None: that of the first run.
 
     Raises:
-        UserError: Too many runs for one page, or the folder cannot be written.
+        UserError: Too many runs for one page, or the folder cannot be written or holds another file of this name.
     """
     if len(folders) > MOST_RUNS:
         raise UserError(
@@ -58,13 +58,24 @@ def write_comparison(
         )
     words = Words(language)
     page = comparison_of([read_run(folder) for folder in folders], words)
-    return _write(page, words, (output or folders[0]) / NAME_OF_SEVERAL)
+    several = NAME_OF_SEVERAL
+    return _write(page, words, folders[0] / several if output is None else _free(output / several))
 
 
 def _write(page: Page, words: Words, file: Path) -> Path:
     _replace(file.with_suffix(".md"), render.text(page, words))
     _replace(file.with_suffix(".html"), render.html(page, words))
     return file.with_suffix(".html")
+
+
+def _free(file: Path) -> Path:
+    """Return the place, unless somebody else's file is there."""
+    for there in (file.with_suffix(".md"), file.with_suffix(".html")):
+        if there.is_file() and render.MARK not in there.read_text("utf-8", errors="replace"):
+            raise UserError(
+                f"output: '{there}' is no report of this project and is not overwritten; name another folder"
+            )
+    return file
 
 
 def _replace(file: Path, text: str) -> None:

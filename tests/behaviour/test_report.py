@@ -367,3 +367,17 @@ def test_a_run_that_still_improves_is_told_so(
     finding, verdict = analysed(command_line, fit_args, *more)
     assert "Validation loss fell from" in finding and finding.endswith("Still improving.")
     assert verdict.startswith("The run was still improving when it ended: more epochs")
+
+
+def test_a_report_replaces_a_report_and_nothing_else(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "1").run().path
+    mine = tmp_path / "notes"
+    mine.mkdir()
+    for _ in range(2):
+        assert command_line("report", run, "--output", mine).code == 0
+    (mine / "report.md").write_text("my own words")
+    refused = command_line("report", run, "--output", mine)
+    assert refused.code == 2 and "report.md' is no report of this project" in refused.err
+    assert (mine / "report.md").read_text() == "my own words"
