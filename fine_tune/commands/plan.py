@@ -104,9 +104,9 @@ def speed_of(folder: Path) -> float:
     from fine_tune.report.record import read_run
 
     rates = read_run(folder).curve("perf/tokens_per_second").finite().values
-    if not rates:
+    if not len(rates):
         raise UserError(f"like: {folder} has no perf/tokens_per_second in its metrics.csv")
-    return statistics.median(rates)
+    return float(statistics.median(rates))
 
 
 def _given(settings: list[str], key: str) -> bool:

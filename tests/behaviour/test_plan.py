@@ -138,8 +138,11 @@ def test_plan_prints_what_fits_and_the_flags_fit(
     assert len(flags) == 6
     fitted = command_line("fit", *fit_args, *flags[0])
     assert fitted.code == 0, fitted.err
-    tight = command_line("plan", *args, "--gpu_memory_gib", "0.5")
-    assert "nothing: one row of" in tight.out
+    tight = command_line("plan", *args, "--gpu_memory_gib", "0.5", "--like", fitted.run().path)
+    assert "nothing: one row of" in tight.out and "of training at " in tight.out
+    (fitted.run().path / "metrics.csv").unlink()
+    no_speed = command_line("plan", *args, "--like", fitted.run().path)
+    assert no_speed.code == 2 and "has no perf/tokens_per_second" in no_speed.err
 
 
 @pytest.mark.parametrize(
