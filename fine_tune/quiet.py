@@ -87,6 +87,14 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
     def stream(self, _: Any) -> None:
         pass
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(
+            sys.exc_info()[1], BrokenPipeError
+        ):  # nobody reads any more, as behind ``| head``
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            super().handleError(record)
+
 
 class _File(logging.FileHandler):
     """A log file that cannot be written is one line on the terminal, not a traceback for each message."""

@@ -1,5 +1,7 @@
 """metrics.csv is whole at any instant; a logger that fails never stops a run."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +111,14 @@ def test_answers_that_cannot_be_kept_are_told_once(
         answers._keep(tmp_path / "file" / "generations.jsonl", ["{}\n"])
     (told,) = caplog.messages
     assert "File exists" in told and "training goes on" in told
+
+
+def test_a_reader_that_goes_away_stops_nothing_and_is_no_error() -> None:
+    program = (
+        "import logging; from fine_tune.quiet import start_console; start_console()\n"
+        "for i in range(9999): logging.getLogger('fine_tune').info('a line')\n"
+        "open('/dev/stderr', 'w').write('went on')"
+    )
+    piped = f'{sys.executable} -c "{program}" | head -1; echo ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "a line\n0\n" and ended.stderr == "went on"
