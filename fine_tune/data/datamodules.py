@@ -5,9 +5,10 @@ from fine_tune.data.choices import LENGTH_LIMIT
 from fine_tune.data.collate import PreferenceCollator, SFTCollator
 from fine_tune.data.encode import AssistantTurns, Truncation
 from fine_tune.data.formats import FormatName
+from fine_tune.data.loader_settings import LoaderSettings, MicroBatch, number_of
 from fine_tune.data.options import EmptyCompletions, Options, Split
 from fine_tune.data.sources import Source
-from fine_tune.data.step_data import LoaderSettings, MicroBatch, StepData, number_of
+from fine_tune.data.step_data import StepData
 
 
 class SFTData(StepData):

@@ -1,9 +1,9 @@
 """What all data modules share: rows prepared once, the run's steps planned, one batch handed out per optimizer step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fine_tune.batches import DataPlan
 from fine_tune.data.choices import LENGTH_LIMIT, choose
 from fine_tune.data.encode_rows import column, token_counts
+from fine_tune.data.loader_settings import LoaderSettings, number_of
 from fine_tune.data.options import Options
 from fine_tune.data.origins import data_content, locate_rows
 from fine_tune.data.predict_loader import PredictLoader, predict_plan
@@ -26,24 +27,6 @@ from fine_tune.data.steps import StepLoader, StepSampler, evaluation_batches, ro
 from fine_tune.data.token_cache import PreparedData
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
-
-MicroBatch = int | Literal["auto"] | None  # padded tokens
-
-
-@dataclass(frozen=True)
-class LoaderSettings:
-    """How rows are handed out, and where prepared ones are kept; ``SFTData`` documents them."""
-
-    batch_size: int | None
-    max_tokens_per_micro_batch: MicroBatch
-    epochs: int | None
-    eval_batch_size: int | None
-    num_workers: int
-    seed: int
-    cache_dir: str | None
-    tokenizer: str | None
-    tokenizer_revision: str | None
-    predict_path: str | None
 
 
 class StepData(LightningDataModule):
@@ -321,8 +304,3 @@ class StepData(LightningDataModule):
 
     def _view(self, rows: Dataset) -> Dataset:
         return rows.select_columns(self.columns).with_format("numpy")
-
-
-def number_of(tokens: MicroBatch) -> int | None:
-    """Return the budget where it is a number; what fits is found out later."""
-    return tokens if isinstance(tokens, int) else None
