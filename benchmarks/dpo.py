@@ -9,7 +9,7 @@ First a gate: 20 steps of 2 pairs, fp32, same model, rows and order (LoRA: same 
 than 1e-5 relative end it: no parity, no ratio. Imports are before all clocks; tokenization is not in pairs per second.
 
     python benchmarks/dpo.py C3 [--pairs 5] [--steps 20] [--search]
-    python benchmarks/dpo.py C4 [--pairs 3] [--steps 12] [--search]
+    python benchmarks/dpo.py C4 [--pairs 5] [--steps 6] [--search]
 """
 
 import argparse
@@ -39,7 +39,7 @@ import psutil
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "trl", "peft", "lightning", "accelerate", "datasets")
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
-BATCH_SIZE, SEED, RATE, BETAS = 8, 42, 1e-4, (0.1, 0.3)
+SEED, RATE, BETAS = 42, 1e-4, (0.1, 0.3)
 GATE_STEPS, GATE_PAIRS, GATE_DIFFERENCE = 20, 2, 1e-5
 SEARCH_STEPS = 4  # at most, of an epoch
 OUR_NAMES = {"fp32": "32-true", "bf16": "bf16-mixed", "bf16 base": "bf16-mixed"}
@@ -56,6 +56,7 @@ class Row:
     vocabulary: int
     lora: bool
     epochs: int
+    batch_size: int  # pairs of rows per step
     steps: int  # of an epoch
     pairs: int  # of legs
 
@@ -67,7 +68,7 @@ class Peer:
     ``bf16`` is autocast over float32 weights; ``bf16 base`` has frozen weights in bfloat16 too.
     """
 
-    at_once: int = BATCH_SIZE  # pairs per forward pass; the rest of the step is accumulated
+    at_once: int = 2  # pairs per forward pass; the rest of the step is accumulated
     precision: str = "fp32"
     precompute: bool = False
     workers: int = 0
@@ -83,6 +84,7 @@ class Leg:
     rows: str
     lora: bool
     epochs: int
+    batch_size: int
     beta: float = BETAS[0]
     precision: str = "fp32"  # ours
     peer: dict[str, Any] | None = None  # None: TRL's defaults
@@ -92,8 +94,8 @@ class Leg:
 
 # C4's vocabulary is small: TRL's head runs at every position on a CPU, and a pair of legs would take half an hour.
 ROWS = {
-    "C3": Row(12, 384, 32_000, lora=True, epochs=1, steps=20, pairs=5),
-    "C4": Row(6, 256, 4_096, lora=False, epochs=3, steps=12, pairs=3),
+    "C3": Row(12, 384, 32_000, lora=True, epochs=1, batch_size=4, steps=20, pairs=5),
+    "C4": Row(6, 256, 4_096, lora=False, epochs=3, batch_size=8, steps=6, pairs=5),
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "at_once": (8, 4, 2, 1),
@@ -155,7 +157,7 @@ def run_ours(leg: Leg) -> Measured:
         --model=fine_tune.modules.DPO --model.model_name_or_path={leg.root}/model --model.beta={leg.beta}
         --model.optimizer=torch.optim.AdamW --model.optimizer.lr={RATE} --model.optimizer.weight_decay=0
         --data=fine_tune.data.PreferenceData --data.path={leg.rows} --data.split=none --data.epochs={leg.epochs}
-        --data.batch_size={GATE_PAIRS if leg.gate else BATCH_SIZE} --data.seed={SEED}
+        --data.batch_size={leg.batch_size} --data.seed={SEED}
         --data.cache_dir={leg.folder}/cache --checkpoint.every=1000000""".split()  # once, at the end, like the peer
     if leg.lora:
         line += [f"--model.lora.{key}={value}" for key, value in LORA.items()]
@@ -186,7 +188,7 @@ def peer_settings(leg: Leg) -> dict[str, Any]:
     """Return what a DPOConfig is given."""
     given: dict[str, Any] = {"output_dir": f"{leg.folder}/trl-{leg.beta}", "beta": leg.beta}
     given |= {"learning_rate": RATE, "num_train_epochs": leg.epochs, "report_to": "none"}
-    given |= {"per_device_train_batch_size": BATCH_SIZE, "use_cpu": True}
+    given |= {"per_device_train_batch_size": leg.batch_size, "use_cpu": True}
     if leg.peer is not None:
         peer = Peer(**leg.peer)
         given |= {"gradient_checkpointing": False, "bf16": peer.precision != "fp32"}
@@ -194,14 +196,14 @@ def peer_settings(leg: Leg) -> dict[str, Any]:
         given |= {"train_sampling_strategy": "group_by_length"}
         given |= {"remove_unused_columns": False}  # else its sampler does not find the lengths
         given |= {"per_device_train_batch_size": peer.at_once}
-        given |= {"gradient_accumulation_steps": BATCH_SIZE // peer.at_once}
+        given |= {"gradient_accumulation_steps": leg.batch_size // peer.at_once}
         given |= {"dataloader_num_workers": peer.workers}
         given |= {"max_length": None}  # a limit would key its reference by beta and output folder
         if peer.precision == "bf16 base":
             given["model_init_kwargs"] = {"dtype": "bfloat16"}
     if leg.gate:
         given |= {"train_sampling_strategy": "sequential", "lr_scheduler_type": "cosine"}
-        given |= {"per_device_train_batch_size": GATE_PAIRS, "gradient_accumulation_steps": 1}
+        given |= {"per_device_train_batch_size": leg.batch_size, "gradient_accumulation_steps": 1}
         given |= {"logging_steps": 1, "max_grad_norm": 1.0}
     return given
 
@@ -295,8 +297,9 @@ class Bench:
         self.say(", ".join(self.on))
         trained = f"LoRA r {LORA['r']} on all linear layers" if self.row.lora else "all weights"
         self.say(f"{save_model(self.row, root)}, trained: {trained}")
-        tokens = write_rows(root / "rows.jsonl", steps * BATCH_SIZE)
-        pairs = f"{steps * BATCH_SIZE} pairs, {BATCH_SIZE} a step"
+        size = self.row.batch_size
+        tokens = write_rows(root / "rows.jsonl", steps * size)
+        pairs = f"{steps * size} pairs, {size} a step"
         self.say(f"{pairs}, epochs {self.row.epochs}; {tokens}")
 
     def say(self, line: str) -> None:
@@ -314,7 +317,12 @@ class Bench:
     def leg(self, folder: Path, rows: str = "rows.jsonl", **fields: Any) -> Measured:
         """Run a leg in a process of its own."""
         shared = {"root": str(self.root), "folder": str(folder), "rows": str(self.root / rows)}
-        fields = {"epochs": self.row.epochs, "lora": self.row.lora, **shared, **fields}
+        of_row = {
+            "epochs": self.row.epochs,
+            "lora": self.row.lora,
+            "batch_size": self.row.batch_size,
+        }
+        fields = {**of_row, **shared, **fields}
         command = [sys.executable, __file__, "--leg", json.dumps(asdict(Leg(**fields)))]
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
         ended = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -332,7 +340,15 @@ class Bench:
         order = epoch_order(np.ones(count), SEED, 0)
         (self.root / "gate_peer.jsonl").write_text("".join(lines[i] for i in order))
         theirs, ours = (
-            self.leg(self.folder(), rows, side=side, peer=asdict(Peer()), gate=True, epochs=1)
+            self.leg(
+                self.folder(),
+                rows,
+                side=side,
+                peer=asdict(Peer()),
+                gate=True,
+                epochs=1,
+                batch_size=GATE_PAIRS,
+            )
             for side, rows in (("peer", "gate_peer.jsonl"), ("ours", "gate.jsonl"))
         )
         losses = list(zip(ours["losses"], theirs["losses"], strict=True))
@@ -352,7 +368,7 @@ class Bench:
         known = kept.get(self.name, {"on": None, "best": {}})
         if not again and known["on"] == self.on and set(known["best"]) == set(CHOICES):
             return Peer(**known["best"])
-        write_rows(self.root / "search.jsonl", min(self.steps, SEARCH_STEPS) * BATCH_SIZE)
+        write_rows(self.root / "search.jsonl", min(self.steps, SEARCH_STEPS) * self.row.batch_size)
         tried: dict[Peer, float] = {}
 
         def seconds(peer: Peer) -> float:
@@ -366,6 +382,8 @@ class Bench:
         for name, values in CHOICES.items():
             # where all weights are trained, 16-bit weights are another training
             allowed = [v for v in values if v != "bf16 base" or self.row.lora]
+            if name == "at_once":
+                allowed = [v for v in allowed if v <= self.row.batch_size]
             best = min((replace(best, **{name: value}) for value in allowed), key=seconds)
         searched = {str(peer): spent for peer, spent in tried.items()}
         kept[self.name] = {"best": asdict(best), "seconds": searched, "on": self.on}
@@ -413,7 +431,7 @@ def compare_c3(bench: Bench, sides: dict[str, dict[str, Any]], pairs: int) -> No
         assert run["num_steps"] == bench.steps, run
         if run["settings"] and pair == 0:
             bench.say(f"{name}: {run['settings']}")
-        seconds, count = run["seconds"], bench.steps * BATCH_SIZE
+        seconds, count = run["seconds"], bench.steps * bench.row.batch_size
         rates[name].append(count / counted(seconds))
         line = f"pair {pair}, {name}: {rates[name][-1]:.3f} pairs/s"
         if "rehearsal" in seconds:
@@ -522,8 +540,8 @@ def cpu_model() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", nargs="?", choices=list(ROWS))
-    parser.add_argument("--pairs", type=int, help="of legs; default 5 for C3, 3 for C4")
-    parser.add_argument("--steps", type=int, help="of an epoch; default 20 for C3, 12 for C4")
+    parser.add_argument("--pairs", type=int, help="of legs; default 5")
+    parser.add_argument("--steps", type=int, help="of an epoch; default 20 for C3, 6 for C4")
     parser.add_argument("--threads", type=int, default=2, help="of each leg")
     parser.add_argument("--search", action="store_true", help="search the peer's best again")
     parser.add_argument("--ours", default="", help="more of our command line, for experiments")
