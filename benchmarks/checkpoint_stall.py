@@ -1,20 +1,13 @@
-"""Milliseconds training stands still for a checkpoint: ours beside transformers.Trainer, alternating in one run.
+"""C6, saving: milliseconds training stands still for a checkpoint, ours beside transformers.Trainer, by turns.
 
 The same model (about 50M random weights, full fine-tuning), the same AdamW, the same rows, a save every 20 steps. What
 is counted is what the user waits for: from the end of a step that saves to where the next step can begin.
-
-    python benchmarks/checkpoint_stall.py [--pairs 3] [--steps 100]
 """
 
-import argparse
 import json
-import platform
 import shutil
 import statistics
-import sys
-import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +20,16 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.harness import Bench, by_turns
+from benchmarks.inputs import save_model
 from fine_tune.__main__ import main as fine_tune
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from small_models import save_small_model
-
 EVERY = 20
+NUM_STEPS = 100
 MODEL = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "max_position_embeddings": 128,
     "hidden_size": 640,
     "intermediate_size": 1920,
     "num_hidden_layers": 9,
@@ -127,7 +123,10 @@ def run_ours(model_folder: Path, folder: Path, steps: int) -> tuple[list[float],
             *("--data.batch_size", "1", "--data.epochs", "1", "--trainer.max_steps", str(steps)),
             *("--checkpoint.every", str(EVERY), "--checkpoint.keep", "1"),
             *("--generations.rows", "0", "--trainer.enable_progress_bar", "false"),
-            *("--trainer.callbacks+=checkpoint_stall.OurStall", "--trainer.callbacks.file"),
+            *(
+                "--trainer.callbacks+=benchmarks.checkpoint_stall.OurStall",
+                "--trainer.callbacks.file",
+            ),
             str(stall),
         ]
     )
@@ -135,41 +134,23 @@ def run_ours(model_folder: Path, folder: Path, steps: int) -> tuple[list[float],
     return json.loads(stall.read_text()), time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100)
-    asked = parser.parse_args()
-    packages = ("torch", "lightning", "transformers", "accelerate", "safetensors")
-    print(platform.platform(), *(f"{name} {metadata.version(name)}" for name in packages))
-    root = Path(tempfile.mkdtemp(prefix="checkpoint_stall_"))
-    try:
-        model = save_small_model(root / "model", max_position_embeddings=128, **MODEL)
-        print(f"{model.num_parameters() / 1e6:.1f}M weights, a save every {EVERY} steps")
-        ratios, together = [], []
-        for pair in range(asked.pairs):
-            runs = [("peer", run_peer), ("ours", run_ours)]
-            measured = {}
-            for name, run in runs if pair % 2 == 0 else reversed(runs):
-                stalls, seconds = run(root / "model", root / "run", asked.steps)
-                shutil.rmtree(root / "run")
-                measured[name] = stalls
-                shown = " ".join(f"{ms:.0f}" for ms in stalls)
-                print(f"pair {pair} {name}: blocked {shown} ms; the run took {seconds:.1f} s")
-            ratios.append(statistics.median(measured["ours"]) / statistics.median(measured["peer"]))
-            together.append(sum(measured["ours"]) / sum(measured["peer"]))
-        _print_ratios("median of the saves", ratios)
-        _print_ratios("all saves together, the last one waited for", together)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _print_ratios(of: str, ratios: list[float]) -> None:
-    print(
-        f"blocked, ours / transformers.Trainer, {of}: median {statistics.median(ratios):.2f} "
-        f"(min {min(ratios):.2f}, max {max(ratios):.2f}, {len(ratios)} pairs)"
-    )
-
-
-if __name__ == "__main__":
-    main()
+def compare(bench: Bench, pairs: int, steps: int = NUM_STEPS) -> None:
+    """Train and save with both, by turns."""
+    described, _ = save_model(bench.root / "saved", MODEL)
+    bench.say(f"{described}, a save every {EVERY} steps")
+    sides = {"Trainer": run_peer, "ours": run_ours}
+    medians: dict[str, list[float]] = {name: [] for name in sides}
+    sums: dict[str, list[float]] = {name: [] for name in sides}
+    for pair, name in by_turns(list(sides), pairs):
+        folder = bench.root / "stalled"
+        stalls, seconds = sides[name](bench.root / "saved", folder, steps)
+        shutil.rmtree(folder)
+        medians[name].append(statistics.median(stalls))
+        sums[name].append(sum(stalls))
+        shown = " ".join(f"{ms:.0f}" for ms in stalls)
+        bench.say(f"pair {pair}, {name}: blocked {shown} ms; the run took {seconds:.1f} s")
+    of = "blocked, ours / Trainer"
+    targets = "must: at most 0.4, aim: 0.1"
+    bench.ratio(f"{of}, median of the saves", medians["ours"], medians["Trainer"], targets)
+    last = "all saves together, the last one waited for"
+    bench.ratio(f"{of}, {last}", sums["ours"], sums["Trainer"], "no target")

@@ -1,29 +1,18 @@
-"""Seconds from the command to the end of the first resumed step, imports apart: ours beside transformers.Trainer.
+"""C6, resuming: seconds from the command to the end of the first resumed step, ours beside transformers.Trainer.
 
 The model of ``checkpoint_stall.py`` (about 50M random weights), a checkpoint at step 100, the same rows, alternating,
 each in a process of its own that has imported everything. Then ours again from the same state counted as step 100,000:
 the position in the data is a computation, so the time must not grow.
-
-    python benchmarks/time_to_resume.py [--pairs 5]
 """
 
-import argparse
-import contextlib
-import importlib
 import json
-import platform
 import shutil
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from importlib import metadata
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_stall import MODEL, save_small_model
 from lightning.pytorch import Callback
 from transformers import (
     AutoTokenizer,
@@ -33,6 +22,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks.checkpoint_stall import MODEL
+from benchmarks.harness import Bench, Measured, by_turns
+from benchmarks.inputs import save_model
 from fine_tune.__main__ import main as fine_tune
 from fine_tune.runs.checkpoint import TRAINING_STATE, read_manifest, read_state, write_checkpoint
 
@@ -89,7 +81,7 @@ def our_command(root: Path, *more: str) -> list[str]:
         *("--data.batch_size", "1", "--data.epochs", str(FAR // ROWS + 1)),
         *("--checkpoint.every", str(NEAR), "--generations.rows", "0"),
         *("--trainer.enable_progress_bar", "false", *more),
-        *("--trainer.callbacks+=time_to_resume.EndAfter", "--trainer.callbacks.step"),
+        *("--trainer.callbacks+=benchmarks.time_to_resume.EndAfter", "--trainer.callbacks.step"),
     ]
 
 
@@ -153,86 +145,45 @@ class Peer:
         trainer.train(resume_from_checkpoint=resume)
 
 
-def leg(name: str, root: Path) -> float:
-    """Resume once, in this process, and return the seconds; what the first such process imports, later ones have."""
-    imports = root / f"{name}.imports"
-    for module in imports.read_text().split() if imports.exists() else []:
-        with contextlib.suppress(ImportError):  # made at run time, not by an import
-            importlib.import_module(module)
-    before = set(sys.modules)
-    seconds = _resume(name, root)
-    if not imports.exists():
-        imports.write_text("\n".join(sorted(set(sys.modules) - before)))
-    return seconds
+def resume(name: str, root: str) -> Measured:
+    """Resume once, in this process, and return the seconds."""
+    folder = Path(root)
+    if name == "Trainer":
+        peer = Peer(folder)
+        seconds = seconds_until_reached(lambda: peer.train(FAR + NEAR, PeerEndAfter(), resume=True))
+    else:
+        run = folder / "lightning_logs" / {"ours": "run", "far": "far"}[name] / "version_0"
+        checkpoint = str(next(run.glob("checkpoints/epoch*")))
+        line = [*our_command(folder, "--ckpt_path", checkpoint), "0"]
+        seconds = seconds_until_reached(lambda: fine_tune(line))
+    return {"seconds": seconds}
 
 
-def _resume(name: str, root: Path) -> float:
-    if name == "peer":
-        peer = Peer(root)
-        return seconds_until_reached(lambda: peer.train(FAR + NEAR, PeerEndAfter(), resume=True))
-    run = root / "lightning_logs" / {"ours": "run", "far": "far"}[name] / "version_0"
-    line = [*our_command(root, "--ckpt_path", str(next(run.glob("checkpoints/epoch*")))), "0"]
-    return seconds_until_reached(lambda: fine_tune(line))
-
-
-def measured(name: str, root: Path) -> float:
-    """Resume once, in a process of its own."""
-    command = [sys.executable, __file__, "--leg", name, "--root", str(root)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(ended.stdout.strip().splitlines()[-1])
-
-
-def compare(pairs: int, root: Path) -> None:
+def compare(bench: Bench, pairs: int) -> None:
     """Save both checkpoints, then resume from them in turn."""
-    save_small_model(root / "model", max_position_embeddings=128, **MODEL)
+    root = bench.root
+    save_model(root / "model", MODEL)
     rows = [json.dumps({"q": f"{i} + {i}?", "a": str(2 * i)}) + "\n" for i in range(ROWS)]
     (root / "rows.jsonl").write_text("".join(rows))
     seconds_until_reached(lambda: fine_tune([*our_command(root), str(NEAR + 1)]))
     run = root / "lightning_logs" / "run" / "version_0"
     advanced(next((run / "checkpoints").glob(f"*step={NEAR}")), root)
     Peer(root).train(NEAR, resume=False)
-    seconds: dict[str, list[float]] = {"peer": [], "ours": [], "far": []}
-    for name in seconds:
-        measured(name, root)  # notes what is imported on the way
-    for pair in range(pairs):
-        for name in ("peer", "ours", "far")[:: 1 if pair % 2 == 0 else -1]:
-            seconds[name].append(measured(name, root))
-        print(
-            f"pair {pair}: ours {seconds['ours'][-1]:.2f} s, transformers.Trainer {seconds['peer'][-1]:.2f} s, "
-            f"ours at step {FAR:,} {seconds['far'][-1]:.2f} s"
+    sides = ["Trainer", "ours", "far"]
+
+    def seconds_of(name: str) -> float:
+        return float(
+            bench.leg("benchmarks.time_to_resume:resume", name=name, root=str(root))["seconds"]
         )
-    _print_ratio("ours / transformers.Trainer (must: at most 1)", seconds["ours"], seconds["peer"])
-    far = f"ours at step {FAR:,} / at step {NEAR} (must: within 20 %)"
-    _print_ratio(far, seconds["far"], seconds["ours"])
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--leg", choices=["ours", "peer", "far"], help="one measurement")
-    parser.add_argument("--root", type=Path, help="of that measurement")
-    asked = parser.parse_args()
-    if asked.leg is not None:
-        print(leg(asked.leg, asked.root))
-        return
-    packages = ("torch", "lightning", "transformers", "accelerate", "safetensors")
-    print(platform.platform(), *(f"{name} {metadata.version(name)}" for name in packages))
-    root = Path(tempfile.mkdtemp(prefix="time_to_resume_"))
-    try:
-        compare(asked.pairs, root)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-
-
-def _print_ratio(of: str, first: list[float], second: list[float]) -> None:
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
-    print(
-        f"seconds to the first resumed step, {of}: median {statistics.median(ratios):.2f} "
-        f"(min {min(ratios):.2f}, max {max(ratios):.2f}, {len(ratios)} pairs)"
-    )
-
-
-if __name__ == "__main__":
-    import time_to_resume  # the name by which the command line finds EndAfter
-
-    sys.exit(time_to_resume.main())
+    for name in sides:
+        seconds_of(name)  # what it imports on the way is noted
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for pair, name in by_turns(sides, pairs):
+        seconds[name].append(seconds_of(name))
+        at = f" at step {FAR:,}" if name == "far" else ""
+        bench.say(f"pair {pair}, {name}{at}: {seconds[name][-1]:.2f} s to the first resumed step")
+    of = "seconds to the first resumed step, ours"
+    bench.ratio(f"{of} / Trainer", seconds["ours"], seconds["Trainer"], "must: at most 1")
+    far = f"{of} at step {FAR:,} / at step {NEAR}"
+    bench.ratio(far, seconds["far"], seconds["ours"], "must: within 0.2 of 1")
