@@ -6,6 +6,7 @@ Shape letters: B rows of the batch, T tokens of its longest row.
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 
@@ -29,7 +30,8 @@ class PreferenceBatch(TypedDict):
 
     A row of ``input_ids_BT`` holds a prompt, the chosen answer and the rejected answer, one after the other;
     ``labels_BT`` is aligned with it, not shifted. The first ``num_prompt`` tokens are the prompt's, the next
-    ``num_chosen`` those of the chosen answer; ``lengths`` counts all three. ``margins`` are the data's, 0 without.
+    ``num_chosen`` those of the chosen answer; ``lengths`` counts all three, ``num_supervised`` the tokens that carry
+    loss. ``margins`` are the data's, 0 without.
     """
 
     input_ids_BT: Tensor
@@ -37,6 +39,7 @@ class PreferenceBatch(TypedDict):
     lengths: list[int]
     num_prompt: list[int]
     num_chosen: list[int]
+    num_supervised: list[int]
     margins: list[float]
     row_ids: list[int]
 
@@ -79,6 +82,7 @@ class DataPlan:
         largest_token_id: Largest id in any row, to be held against the model's vocabulary.
         test_hash: Identity of the sealed test split, by the content of its rows; None without one.
         unread_margins: Pairs whose margin is no number.
+        num_bytes: Bytes of text per split, where rows are texts.
         choices: What rules give to settings left open, by key (``data.max_length``, ``model.gradient_checkpointing``).
         notes: Lines for the start summary (truncated, dropped, cached ...).
     """
@@ -96,6 +100,7 @@ class DataPlan:
     largest_token_id: int
     test_hash: str | None = None
     unread_margins: int = 0
+    num_bytes: dict[str, int] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -123,6 +128,14 @@ class StepFailure:
     rows_at_once: int
     tokens_at_once: int
     loss: float = float("nan")
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers that stayed on the host as a tensor on a device, without waiting for the device."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def data_of(trainer: Any) -> Any:

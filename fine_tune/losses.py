@@ -10,17 +10,18 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-def supervised_targets(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+def supervised_targets(labels_BT: Tensor, num_targets: int) -> tuple[Tensor, Tensor]:
     """Find the positions that predict a supervised token, and those tokens.
 
     Args:
         labels_BT: Aligned with the inputs, not shifted; ``IGNORE_INDEX`` carries no loss.
+        num_targets: How many there are, as the host knows (``num_supervised_targets``): a GPU is not waited for.
 
     Returns:
         ``positions_N`` into the flattened ``[B * T]`` hidden states and ``targets_N``, the next token at each.
     """
     next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    positions_N = torch.nonzero(next_BT != IGNORE_INDEX).squeeze(1)
+    positions_N = torch.nonzero_static(next_BT != IGNORE_INDEX, size=num_targets).squeeze(1)
     return positions_N, next_BT[positions_N]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from transformers import PreTrainedConfig
@@ -36,7 +36,6 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: Tensors that are there already; they and their views are not counted.
-        num_chosen: How many elements ``nonzero`` finds: without values, nobody knows.
         kind_of: Names the kind of a tensor; each is counted for itself.
 
     Attributes:
@@ -44,12 +43,10 @@ class LiveBytes(TorchDispatchMode):
         at_peak: The same when the most of them lived; ``start_peak`` forgets it.
     """
 
-    def __init__(
-        self, known: Iterable[Tensor], num_chosen: int, kind_of: Callable[[Tensor], str]
-    ) -> None:
+    def __init__(self, known: Iterable[Tensor], kind_of: Callable[[Tensor], str]) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self.num_chosen, self.kind_of = num_chosen, kind_of
+        self.kind_of = kind_of
         self.now: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self._made: dict[int, tuple[str, int]] = {}
@@ -61,21 +58,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = self._without_knowing(func, args)
-        made = func(*args, **(kwargs or {})) if made is None else made
+        made = func(*args, **(kwargs or {}))
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
                 self._add(tensor)
         return made
-
-    def _without_knowing(self, func: Any, args: Any) -> Tensor | None:
-        if not args or not isinstance(args[0], FakeTensor):
-            return None
-        if func is torch.ops.aten.nonzero.default:
-            return args[0].new_empty((self.num_chosen, args[0].ndim), dtype=torch.long)
-        if func is torch.ops.aten.bincount.default:
-            return args[0].new_empty(args[2] if len(args) > 2 else self.num_chosen)
-        return None
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -9,6 +9,7 @@ from fine_tune.data.choices import CPU_TOKENS
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.modules.memory_plan import CUDA_CONTEXT, MemoryPlanner
 from fine_tune.modules.memory_ways import Fitting, largest_budget, largest_rows, way_as_set
+from fine_tune.modules.recomputing import Recomputing
 
 HEADROOM = 0.1  # of the device, left free
 GIB = 2**30
@@ -33,8 +34,10 @@ def choose_by_memory(model: Any, data: Any, precision: str) -> dict[str, Choice]
     data.setup("fit")
     data.teardown("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    room = room_on(memory_of(device), on_gpu=device.type == "cuda")
-    batch, planner = data.longest_rows("train"), MemoryPlanner(model, data.tokenizer, precision)
+    memory = memory_of(device)
+    room = room_on(memory, on_gpu=device.type == "cuda")
+    planner = MemoryPlanner(model, data.tokenizer, precision, memory.total())
+    batch = data.longest_rows("train")
     found = _first_that_fits(model, data, planner, batch, room)
     recomputed, rows, used = found
     reason = (
@@ -61,10 +64,11 @@ def room_on(memory: DeviceMemory, *, on_gpu: bool) -> float:
 
 def _first_that_fits(
     model: Any, data: Any, planner: MemoryPlanner, batch: Any, room: float
-) -> tuple[bool, int, int]:
-    """Return whether activations are recomputed, the rows at once, and the bytes they take."""
+) -> tuple[Recomputing, int, int]:
+    """Return what of the activations is recomputed, the rows at once, and the bytes they take."""
     asked = model.model_settings.gradient_checkpointing
-    for recomputed in (False, True) if asked == "auto" else (bool(asked),):
+    recomputed: Recomputing
+    for recomputed in (False, True) if asked == "auto" else (asked or False,):
         way = way_as_set(model.model_settings, recomputed=recomputed)
         if data.fills_memory:
             fitting: Fitting | None = largest_budget(planner, way, batch, room)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from small_models import TOKENIZER
 
 from fine_tune.runs.run_folder import RunFolder
@@ -39,3 +41,12 @@ CommandLine = Callable[..., Outcome]
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return file
+
+
+def assert_same_weights(first: Path | None, second: Path | None) -> None:
+    """Compare two checkpoints bit for bit."""
+    assert first is not None
+    assert second is not None
+    one, other = (load_file(next(folder.glob("*model.safetensors"))) for folder in (first, second))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -74,7 +74,8 @@ def plan(
     run.datamodule.setup("fit")
     batch = run.datamodule.longest_rows("train")
     precision = str(run.settings.trainer.precision)
-    planner = MemoryPlanner(run.model, run.datamodule.tokenizer, precision)
+    memory = None if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
+    planner = MemoryPlanner(run.model, run.datamodule.tokenizer, precision, memory)
     ways = ways_to_train(run.model.model_settings, planner.config)
     rows = largest_rows(batch["lengths"], run.plan.max_tokens_per_micro_batch)
     found = [(way, planner.at_once(way.settings, batch, rows)) for way in ways]

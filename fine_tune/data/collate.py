@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,9 +53,33 @@ class PreferenceCollator:
             lengths=[len(row["input_ids"]) for row in rows],
             num_prompt=[int(row["num_prompt"]) for row in rows],
             num_chosen=[int(row["num_chosen"]) for row in rows],
+            num_supervised=[
+                int(np.count_nonzero(np.asarray(row["labels"]) != IGNORE_INDEX)) for row in rows
+            ],
             margins=[float(row["margin"]) for row in rows],
             row_ids=[int(row["row_id"]) for row in rows],
         )
+
+
+@dataclass
+class TextCollator:
+    """Turn packed rows into one batch of their pieces: each is a row of its own, and sees no other.
+
+    Args:
+        pad_token_id: Fills ``input_ids`` behind a piece's end.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> SFTBatch:
+        pieces = []
+        for row in rows:
+            ends = np.cumsum(row["pieces"])
+            pieces += [
+                {"input_ids": ids, "labels": ids, "row_id": row["row_id"]}
+                for ids in np.split(np.asarray(row["input_ids"]), ends[:-1])
+            ]
+        return SFTCollator(self.pad_token_id)(pieces)
 
 
 def longest_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

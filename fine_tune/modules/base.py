@@ -21,17 +21,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan, PredictBatch, StepFailure, data_of, plan_of
+from fine_tune.device_memory import memory_of
 from fine_tune.errors import UserError
 from fine_tune.models import Head
 from fine_tune.modules.changed_settings import follow_settings, step_settings
 from fine_tune.modules.checks import warmup_problems
+from fine_tune.modules.compiling import compile_blocks
 from fine_tune.modules.evaluation import answer, in_parts, log_evaluation
 from fine_tune.modules.gradients import StepGradient, gradients, update
+from fine_tune.modules.lm_head import LogitChunks
 from fine_tune.modules.metrics import TokenMetrics
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
 from fine_tune.modules.precision import follow_precision
 from fine_tune.modules.prediction import Predicting, write_answers
+from fine_tune.modules.recomputing import Recomputing
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.step_log import Throughput, log_step
 from fine_tune.modules.weights import (
@@ -68,8 +72,11 @@ class StepModule(LightningModule):
         lora_plus_ratio: Learning rate of LoRA's B matrices over that of its A matrices (LoRA+, arXiv 2402.12354; 16
             there, with a lower rate of A). None: the same.
         gradient_checkpointing: Recompute activations in the backward pass: about a third slower, far less memory.
-            None: by the length of the training rows (longest above 4,000 or mean above 2,000 tokens). auto: only where
-            memory asks for it (see ``plan``).
+            selective: keep what attention and every second matrix product gave. None: by the length of the training
+            rows (longest above 4,000 or mean above 2,000 tokens). auto: only where memory asks for it (see ``plan``).
+        offload_activations: Keep what the backward pass needs in the host's memory: the least of a GPU's, and slow.
+        compile: Let torch compile the model's repeated blocks: up to a minute before the first step, then faster, the
+            more so on a GPU. Results differ by rounding.
         optimizer: Any torch or bitsandbytes optimizer; matrices decay by its ``weight_decay``, vectors do not.
         lr_scheduler: Shape of the learning rate after warm-up.
         warmup_steps: Optimizer steps of linear warm-up.
@@ -88,7 +95,9 @@ class StepModule(LightningModule):
         quantization: Literal["nf4", "fp4", "int8"] | None = None,
         lora: LoraConfig | Literal["auto"] | None = None,
         lora_plus_ratio: float | None = None,
-        gradient_checkpointing: bool | Literal["auto"] | None = None,
+        gradient_checkpointing: Recomputing | None = None,
+        offload_activations: bool = False,
+        compile: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
         lr_scheduler: Schedule = "cosine",
         warmup_steps: int | None = None,
@@ -116,7 +125,8 @@ class StepModule(LightningModule):
         if problems:
             raise UserError(*problems)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.lora_plus_ratio = lora_plus_ratio
+        self.lora_plus_ratio, self.is_compiled = lora_plus_ratio, compile
+        self.offload_activations = offload_activations
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
         self.strict_loading = (
             False  # weights travel as Hugging Face files, restored in on_load_checkpoint
@@ -131,6 +141,8 @@ class StepModule(LightningModule):
         # state is copied before each update; a handler says whether it changed something that may help.
         self.max_tokens_per_micro_batch: int | None = None
         self.step_precision: str | None = None
+        self.rows_attention: str | None = None  # of steps and evaluations; None: the model's own
+        self.logit_chunks = LogitChunks()
         self.keeps_state = False
         self.failure_handlers: dict[str, Callable[[StepFailure], bool]] = {}
         self.predicting = Predicting()
@@ -192,9 +204,13 @@ class StepModule(LightningModule):
         seed_all(self.seed, "weights")
         precision = str(self.trainer.precision)
         self.model = load_weights(self.model_settings, self.tokenizer, precision, checkpoint)
+        memory = memory_of(self.trainer.strategy.root_device).total()
+        self.logit_chunks = LogitChunks(self.model.config, memory)
         if self.trainer.state.fn == "fit":
             if self.trainer.strategy.root_device.type == "cpu":
                 own_trained(self.model)
+            if self.is_compiled:
+                compile_blocks(self.model)
             total, trained = self.num_weights()
             share = "weights: %s, %s of them trained (%.2f %%)"
             log.info(share, f"{total:,}", f"{trained:,}", 100 * trained / total)

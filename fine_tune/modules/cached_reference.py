@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fine_tune.adapters import changed_fields
-from fine_tune.batches import PreferenceBatch, data_of
+from fine_tune.batches import PreferenceBatch, data_of, on_device
 from fine_tune.modules.evaluation import in_parts
 from fine_tune.modules.pair_logps import pair_logps
 from fine_tune.modules.precision import weights_dtype
@@ -61,7 +61,7 @@ class CachedReference:
         values = np.stack([self._of_row[row_id] for row_id in batch["row_ids"]])
         device = batch["input_ids_BT"].device
         wide = torch.float32 if device.type == "mps" else torch.float64
-        head_B2, tail_B2 = torch.tensor(values, dtype=wide, device=device).unbind(1)
+        head_B2, tail_B2 = on_device(values, device, wide).unbind(1)
         return head_B2 + ld_alpha * tail_B2
 
     def _compute(self, rows: Any, keys: list[str], missing: list[int]) -> None:

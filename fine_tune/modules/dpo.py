@@ -133,7 +133,8 @@ class DPO(StepModule):
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each pair, and what else is measured of it, in the order of ``PREFERENCE_METRICS``."""
-        policy = pair_logps(self.model, batch, shared=self.shares_prefix)
+        at_once = self.logit_chunks.at_once(self.model, sum(batch["num_supervised"]))
+        policy = pair_logps(self.model, batch, shared=self.shares_prefix, at_once=at_once)
         logps_B2 = policy.weighted(self.ld_alpha)
         per_token_B2 = logps_B2 / policy.num_tokens_B2
         ratios_B2 = per_token_B2.float()

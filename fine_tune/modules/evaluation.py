@@ -9,6 +9,7 @@ import torch
 from fine_tune.batches import StepFailure, cut_by_tokens
 from fine_tune.device_memory import is_out_of_memory
 from fine_tune.modules.generation import generate
+from fine_tune.modules.packing import attending_by
 from fine_tune.modules.precision import lowered
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def in_parts(
         first = cut_by_tokens(lengths[start:], module.max_tokens_per_micro_batch)[0]
         rows, out_of_memory = slice(start, start + first.stop), False
         try:
-            with lowered(module.step_precision, module.device):
+            with (
+                lowered(module.step_precision, module.device),
+                attending_by(module.model, module.rows_attention),
+            ):
                 take(take_rows(batch, rows))
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -104,6 +108,7 @@ def answer(
         with (
             module.trainer.precision_plugin.forward_context(),
             lowered(module.step_precision, module.device),
+            torch.compiler.set_stance("force_eager"),  # lengths and caches of many shapes
         ):
             return generate(module.model, prompts, max_new_tokens, stop_ids, pad_token_id)
     except RuntimeError as error:

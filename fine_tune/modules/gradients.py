@@ -13,7 +13,9 @@ from torch import Tensor
 from fine_tune.batches import StepFailure, cut_by_tokens
 from fine_tune.device_memory import is_out_of_memory
 from fine_tune.errors import GoBack
+from fine_tune.modules.packing import attending_by
 from fine_tune.modules.precision import lowered
+from fine_tune.modules.recomputing import kept_on_host
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.trained_state import TrainedState
 from fine_tune.ranks import (
@@ -64,13 +66,18 @@ def gradients(module: "StepModule", batch: Any) -> StepGradient:
     sums = torch.zeros(1 + len(module.step_metrics), device=device)
     out_of_memory = False
     try:
-        for rows in cut_by_tokens(batch["lengths"], module.max_tokens_per_micro_batch):
-            with lowered(module.step_precision, device):
-                loss_sum, *others = module.loss_sums(module.take_rows(batch, rows))
-                micro_loss = loss_sum / count
-            with torch.autocast(device.type, enabled=False):
-                module.trainer.strategy.backward(micro_loss, None)
-            sums = sums + torch.stack([micro_loss.detach(), *(other / count for other in others)])
+        with (
+            attending_by(module.model, module.rows_attention),
+            kept_on_host(module, active=module.offload_activations),
+        ):
+            for rows in cut_by_tokens(batch["lengths"], module.max_tokens_per_micro_batch):
+                with lowered(module.step_precision, device):
+                    loss_sum, *others = module.loss_sums(module.take_rows(batch, rows))
+                    micro_loss = loss_sum / count
+                with torch.autocast(device.type, enabled=False):
+                    module.trainer.strategy.backward(micro_loss, None)
+                parts = [micro_loss.detach(), *(other / count for other in others)]
+                sums = sums + torch.stack(parts)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

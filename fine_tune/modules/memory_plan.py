@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from fine_tune.losses import IGNORE_INDEX
 from fine_tune.memory import (
     LiveBytes,
     as_if_loaded,
@@ -21,6 +20,7 @@ from fine_tune.memory import (
     without_values,
     without_values_of,
 )
+from fine_tune.modules.lm_head import LogitChunks
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.optimizer_state import bytes_of_state
 from fine_tune.modules.precision import precision_dtype, weights_dtype
@@ -66,13 +66,19 @@ class MemoryPlanner:
         module: Built and checked; it has no model.
         tokenizer: The model's.
         precision: The trainer's.
+        memory: Bytes of the device, by which logits are chunked; None: they are not.
     """
 
     def __init__(
-        self, module: "StepModule", tokenizer: PreTrainedTokenizerBase, precision: str
+        self,
+        module: "StepModule",
+        tokenizer: PreTrainedTokenizerBase,
+        precision: str,
+        memory: int | None = None,
     ) -> None:
         self.module, self.precision = module, precision
         self.config = module.model_settings.resolved_config(tokenizer)
+        self.memory = memory
         self._states: dict[str, tuple[int, int, int]] = {}
         self._found: dict[str, StepMemory] = {}
 
@@ -84,8 +90,8 @@ class MemoryPlanner:
             batch: The step's rows, longest first.
             rows: Of a micro-batch; with fewer than the step has, gradients are there when the next is computed.
         """
-        recomputed = bool(settings.gradient_checkpointing)
-        key = repr((settings.lora, settings.quantized, recomputed, batch["lengths"], rows))
+        how = settings.gradient_checkpointing or False
+        key = repr((settings.lora, settings.quantized, how, batch["lengths"], rows))
         if key not in self._found:
             self._found[key] = self._at_once(settings, batch, rows)
         return self._found[key]
@@ -139,7 +145,6 @@ class MemoryPlanner:
     ) -> Counter[str]:
         """Return the bytes of all that is neither weights, gradients nor optimizer, when it is the most."""
         labels_BT = micro_batch["labels_BT"]
-        num_chosen = int((labels_BT != IGNORE_INDEX).sum())
         vocabulary, lengths = config.get_text_config().vocab_size, set(labels_BT.shape[1:])
 
         def kind_of(tensor: Tensor) -> str:
@@ -153,8 +158,9 @@ class MemoryPlanner:
             as_if_loaded(model)
             module._modules = {}
             module.model = model
+            module.logit_chunks = LogitChunks(config, self.memory, checked=True)
             batch = without_values_of(micro_batch, mode)
-            live = LiveBytes([*model.parameters(), *model.buffers()], num_chosen, kind_of)
+            live = LiveBytes([*model.parameters(), *model.buffers()], kind_of)
             with live:
                 for _ in range(2 if accumulates else 1):
                     live.start_peak()

@@ -9,6 +9,7 @@ from fine_tune import adapters
 from fine_tune.batches import cut_by_tokens
 from fine_tune.modules.memory_plan import MemoryPlanner, StepMemory
 from fine_tune.modules.model_settings import ModelSettings
+from fine_tune.modules.recomputing import Recomputing
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def ways_to_train(settings: ModelSettings, config: PreTrainedConfig) -> list[Way
     ]
 
 
-def way_as_set(settings: ModelSettings, *, recomputed: bool) -> Way:
-    """Return the way that the settings say, with or without recomputed activations."""
+def way_as_set(settings: ModelSettings, *, recomputed: Recomputing) -> Way:
+    """Return the way that the settings say, with as much of the activations recomputed."""
     return Way(_name(settings), _replaced(settings, gradient_checkpointing=recomputed), "")
 
 
@@ -91,7 +92,7 @@ def largest_budget(planner: MemoryPlanner, way: Way, batch: Any, room: float) ->
         tried = _next(memory, fits, too_many, room)
     if fits == 0:
         return None
-    checkpointing = str(bool(way.settings.gradient_checkpointing)).lower()
+    checkpointing = str(way.settings.gradient_checkpointing or False).lower()
     budget = f"--data.max_tokens_per_micro_batch {fits * lengths[0]}"
     flags = " ".join(
         part

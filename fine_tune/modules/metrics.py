@@ -3,6 +3,8 @@
 Shape letters: N supervised tokens, R rows, B pairs.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -81,6 +83,21 @@ class TokenMetrics(Metric):
         return (
             torch.sqrt(spread.clamp(min=0) * self.num_rows / (self.num_rows - 1)) / self.num_tokens
         )
+
+
+class ByteMetrics(TokenMetrics):
+    """The same, and the loss in bits per byte of text, which no tokenizer changes the meaning of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens_per_byte = math.nan  # predicted tokens of the split over its bytes
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return also ``bits_per_byte``: ``loss / ln 2`` times the predicted tokens per byte."""
+        values = super().compute()
+        bits = self.tokens_per_byte / math.log(2)
+        ends = ("", "_low", "_high")
+        return values | {f"bits_per_byte{end}": values[f"loss{end}"] * bits for end in ends}
 
 
 PREFERENCE_METRICS = (

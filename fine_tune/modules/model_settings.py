@@ -19,6 +19,7 @@ from fine_tune.modules.checks import (
     source_problems,
     stored_quantization_problems,
 )
+from fine_tune.modules.recomputing import Recomputing
 
 
 @dataclass
@@ -39,7 +40,7 @@ class ModelSettings:
     attn_implementation: str | None
     quantization: str | None
     lora: LoraConfig | Literal["auto"] | None
-    gradient_checkpointing: bool | Literal["auto"] | None
+    gradient_checkpointing: Recomputing | None
     head: Head = "lm"
     quantized: str | None = field(init=False)
     continued_adapter: str | None = field(init=False, default=None)

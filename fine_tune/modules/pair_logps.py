@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fine_tune.batches import PreferenceBatch
+from fine_tune.batches import PreferenceBatch, on_device
 from fine_tune.losses import IGNORE_INDEX, nll_per_token
-from fine_tune.modules.lm_head import head_at
+from fine_tune.modules.lm_head import head_at, nll_in_chunks
 from fine_tune.modules.pairs import pair_inputs
 
 
@@ -38,33 +38,42 @@ class _Targets(NamedTuple):
     ranks_N: Tensor  # how many predicted tokens of the answer come before
 
 
-def pair_logps(model: Any, batch: PreferenceBatch, *, shared: bool) -> PairLogps:
+def pair_logps(
+    model: Any, batch: PreferenceBatch, *, shared: bool, at_once: int | None = None
+) -> PairLogps:
     """Compute the log-probabilities of both answers of each pair.
 
     Args:
         model: A causal language model.
         batch: Pairs; see ``PreferenceBatch``.
         shared: See ``pair_inputs``.
+        at_once: Tokens whose logits may lie in memory; None for all.
     """
     inputs, place = pair_inputs(model, batch, shared=shared)
     targets = _targets(batch)
-    with head_at(model, place(targets.rows_N, targets.positions_N, targets.sides_N)):
-        logits = model(**inputs, use_cache=False).logits.squeeze(0)
-    logps_N = -nll_per_token(logits, targets.tokens_N)
-    return _summed(logps_N, targets, len(batch["lengths"]))
+    positions_N = place(targets.rows_N, targets.positions_N, targets.sides_N)
+    if at_once is None:
+        with head_at(model, positions_N):
+            logits = model(**inputs, use_cache=False).logits.squeeze(0)
+        nll_N = nll_per_token(logits, targets.tokens_N)
+    else:
+        nll_N = nll_in_chunks(model, inputs, positions_N, targets.tokens_N, at_once)
+    return _summed(-nll_N, targets, len(batch["lengths"]))
 
 
 def _targets(batch: PreferenceBatch) -> _Targets:
     labels_BT = batch["labels_BT"]
     num_prompt_B, num_chosen_B = (
-        torch.tensor(batch[name], device=labels_BT.device) for name in ("num_prompt", "num_chosen")
+        on_device(batch[name], labels_BT.device) for name in ("num_prompt", "num_chosen")
     )
-    rows_N, at_N = torch.nonzero(labels_BT != IGNORE_INDEX, as_tuple=True)
+    num_targets = sum(batch["num_supervised"])
+    found_N2 = torch.nonzero_static(labels_BT != IGNORE_INDEX, size=num_targets)
+    rows_N, at_N = found_N2.unbind(1)
     second_N = num_prompt_B[rows_N] + num_chosen_B[rows_N]  # where the rejected answer begins
     sides_N = (at_N >= second_N).long()
     predicting_N = torch.where(at_N == second_N, num_prompt_B[rows_N], at_N) - 1
     groups_N = 2 * rows_N + sides_N  # in ascending order
-    counts = torch.bincount(groups_N, minlength=2 * len(labels_BT))
+    counts = _counts(groups_N, 2 * len(labels_BT))
     first_N = (counts.cumsum(0) - counts)[groups_N]
     ranks_N = torch.arange(len(at_N), device=at_N.device) - first_N
     return _Targets(rows_N, predicting_N, labels_BT[rows_N, at_N], sides_N, ranks_N)
@@ -72,7 +81,7 @@ def _targets(batch: PreferenceBatch) -> _Targets:
 
 def _summed(logps_N: Tensor, targets: _Targets, num_pairs: int) -> PairLogps:
     groups_N = 2 * targets.rows_N + targets.sides_N
-    counts = torch.bincount(groups_N, minlength=2 * num_pairs).view(num_pairs, 2)
+    counts = _counts(groups_N, 2 * num_pairs).view(num_pairs, 2)
     in_head_N = targets.ranks_N < counts.min(1).values[targets.rows_N]
     # sums of hundreds of tokens are soon subtracted from one another: in float64 where the device has it
     wide = logps_N.dtype if logps_N.device.type == "mps" else torch.float64
@@ -82,3 +91,9 @@ def _summed(logps_N: Tensor, targets: _Targets, num_pairs: int) -> PairLogps:
         for chosen_N in (in_head_N, ~in_head_N)
     )
     return PairLogps(head, tail, counts)
+
+
+def _counts(groups_N: Tensor, num_groups: int) -> Tensor:
+    """Count how often each group stands; ``bincount`` would wait for a GPU."""
+    empty = torch.zeros(num_groups, dtype=torch.long, device=groups_N.device)
+    return empty.scatter_add(0, groups_N, torch.ones_like(groups_N))

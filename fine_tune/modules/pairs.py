@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_tune.batches import PreferenceBatch
+from fine_tune.batches import PreferenceBatch, on_device
 from fine_tune.losses import IGNORE_INDEX
 
 SHARING_ATTENTION = ("sdpa", "eager")  # take a mask of any shape
@@ -33,8 +33,9 @@ def pair_inputs(
     """
     input_ids_BT, device = batch["input_ids_BT"], batch["input_ids_BT"].device
     num_tokens = input_ids_BT.shape[1]
-    num_prompt_B = torch.tensor(batch["num_prompt"], device=device)
-    num_chosen_B = torch.tensor(batch["num_chosen"], device=device)
+    num_prompt_B, num_chosen_B = (
+        on_device(batch[name], device) for name in ("num_prompt", "num_chosen")
+    )
     if shared:
         mask_BTT, position_ids_BT = _shared_layout(num_prompt_B, num_chosen_B, num_tokens)
         inputs: dict[str, Any] = {"input_ids": input_ids_BT, "position_ids": position_ids_BT}
@@ -62,6 +63,7 @@ def take_pairs(batch: PreferenceBatch, rows: slice) -> PreferenceBatch:
         lengths=batch["lengths"][rows],
         num_prompt=batch["num_prompt"][rows],
         num_chosen=batch["num_chosen"][rows],
+        num_supervised=batch["num_supervised"][rows],
         margins=batch["margins"][rows],
         row_ids=batch["row_ids"][rows],
     )
@@ -89,6 +91,7 @@ def can_share(model: Any, compute: Callable[[Any, PreferenceBatch, bool], Tensor
         lengths=[3 * PROBE_TOKENS],
         num_prompt=[PROBE_TOKENS],
         num_chosen=[PROBE_TOKENS],
+        num_supervised=[2 * PROBE_TOKENS],
         margins=[0.0],
         row_ids=[0],
     )

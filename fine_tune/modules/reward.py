@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.batches import DataPlan, PredictBatch, PreferenceBatch
+from fine_tune.batches import DataPlan, PredictBatch, PreferenceBatch, on_device
 from fine_tune.errors import UserError
 from fine_tune.losses import bradley_terry_loss
 from fine_tune.models import Head
@@ -100,7 +100,7 @@ class Reward(StepModule):
         """Return the loss of each pair, and what ``REWARD_METRICS`` names of it."""
         rewards_B2 = pair_rewards(self.model, batch, self.shares_prefix)
         chosen_B, rejected_B = rewards_B2.unbind(1)
-        margins_B = torch.tensor(batch["margins"], device=rewards_B2.device)
+        margins_B = on_device(batch["margins"], rewards_B2.device)
         loss_B = bradley_terry_loss(
             chosen_B, rejected_B, margins_B=margins_B, center=self.center_rewards
         )
@@ -153,7 +153,7 @@ def _last_hidden(model: Any, batch: PreferenceBatch, shared: bool) -> Tensor:
             batch["num_prompt"], batch["num_chosen"], batch["lengths"], strict=True
         )
     ]
-    positions_N = torch.tensor(lasts, device=device).flatten()
+    positions_N = on_device(lasts, device).flatten()
     rows_N = torch.arange(num_pairs, device=device).repeat_interleave(2)
     sides_N = torch.arange(2, device=device).repeat(num_pairs)
     hidden_BTD = whole.base_model(**inputs, use_cache=False).last_hidden_state

@@ -26,6 +26,7 @@ FREE = {
     "model": {
         "model_name_or_path", "revision", "tokenizer", "lora", "optimizer",
         "attn_implementation", "gradient_checkpointing", "prefix_sharing", "reference",
+        "pack_rows", "compile", "offload_activations",
     },
     "data": {
         "path", "sources", "revision", "cache_dir", "tokenizer", "tokenizer_revision", "epochs",

@@ -13,6 +13,7 @@ from fine_tune import adapters, models, saved_adapters
 from fine_tune.errors import UserError
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.precision import precision_dtype, weights_dtype
+from fine_tune.modules.recomputing import recompute
 from fine_tune.modules.run_identity import is_weights, read_identity
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def adapted(model: Any, settings: ModelSettings, precision: str, weights: str | 
         precision: The trainer's.
         weights: Folder or hub name of the unquantized weights; LoftQ compares with them.
     """
-    if settings.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute(model, settings.gradient_checkpointing or False)
     if settings.lora is not None:
         model = adapters.add_lora(model, settings.lora, weights, settings.head)
         if precision.endswith("mixed"):

@@ -175,6 +175,7 @@ def test_a_shared_prompt_gives_the_same_log_probabilities(
         lengths=[12, 9],
         num_prompt=[4, 2],
         num_chosen=[3, 4],
+        num_supervised=[8, 7],
         margins=[0.0, 0.0],
         row_ids=[0, 1],
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import TOKENIZER, CommandLine, write_rows
+from harness import TOKENIZER, CommandLine, assert_same_weights, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -210,15 +210,6 @@ def test_answers_before_and_after_are_kept_and_not_asked_twice(
     assert len(file.read_text().splitlines()) == 4 + 3
 
 
-def test_gradient_checkpointing_changes_nothing(
-    command_line: CommandLine, fit_args: list[str]
-) -> None:
-    dropout = ["--model.config.attention_dropout", 0.1]
-    plain = command_line("fit", *fit_args, *dropout).run()
-    recomputed = command_line("fit", *fit_args, *dropout, "--model.gradient_checkpointing", "true")
-    assert_same_weights(plain.checkpoint("last"), recomputed.run(version=1).checkpoint("last"))
-
-
 @pytest.mark.parametrize("optimizer", ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW"])
 def test_bitsandbytes_optimizers_train(
     command_line: CommandLine, fit_args: list[str], optimizer: str
@@ -272,15 +263,6 @@ def test_a_mixture_draws_rows_by_weight(
     record = outcome.run().read()
     assert record["num_rows"]["train"] > 50
     assert record["num_steps"] == pytest.approx((2 + 0.5) * 32 / 8, abs=2)
-
-
-def assert_same_weights(first: Path | None, second: Path | None) -> None:
-    """Compare two checkpoints bit for bit."""
-    assert first is not None
-    assert second is not None
-    one, other = (load_file(next(folder.glob("*model.safetensors"))) for folder in (first, second))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_templates_on_the_command_line_are_text(

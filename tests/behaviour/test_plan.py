@@ -47,7 +47,7 @@ def taken(run: PreparedCLI, way: Way, batch: Any, rows: int, precision: str) -> 
     module: Any = run.model
     module.model = model = load_weights(way.settings, run.datamodule.tokenizer, precision)
     micro_batch = module.take_rows(batch, slice(0, rows))
-    live = LiveBytes([*model.parameters(), *model.buffers()], 0, lambda _: "all")
+    live = LiveBytes([*model.parameters(), *model.buffers()], lambda _: "all")
     dtype = precision_dtype(precision)
     trained = [p for p in model.parameters() if p.requires_grad]
     with live:

@@ -180,16 +180,16 @@ def test_an_update_that_ruins_the_weights_is_told(
 def test_validation_that_is_no_number_is_reported(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fine_tune.modules import sft
+    from fine_tune.modules import token_rows
 
-    original = sft.nll_per_token
+    original = token_rows.nll_per_token
 
     def spoiled(*args: Any) -> torch.Tensor:
         losses = original(*args)
         losses[0] = float("nan")
         return losses
 
-    monkeypatch.setattr(sft, "nll_per_token", spoiled)
+    monkeypatch.setattr(token_rows, "nll_per_token", spoiled)
     outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--trainer.max_steps", "2")
     assert outcome.code == 0, outcome.err
     assert "WARNING: val/loss is nan" in outcome.out
