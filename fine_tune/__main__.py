@@ -50,6 +50,10 @@ VERBS = {
         "fine_tune.commands.verify_resume:main",
         "prove on your own config that a killed run goes on as if it had not been killed",
     ),
+    "train-tokenizer": (
+        "fine_tune.commands.train_tokenizer:train_tokenizer",
+        "train a tokenizer on texts, and measure it on texts it did not see",
+    ),
     "make-qa": (
         "fine_tune.commands.make_qa:make_qa",
         "write question-answer rows and their tokenizer from facts",

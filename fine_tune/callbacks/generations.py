@@ -146,8 +146,11 @@ def _key(answer: dict[str, Any]) -> tuple[Any, ...]:
 def prompt_and_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Cut an encoded row at its last supervised stretch: what is asked, and what is expected, its stop token included.
 
-    Of a pair, the chosen answer is expected.
+    Of a pair, the chosen answer is expected; of packed texts, the second half of the first.
     """
+    if "pieces" in row:
+        ids = list(row["input_ids"][: row["pieces"][0]])
+        return ids[: max(1, len(ids) // 2)], ids[max(1, len(ids) // 2) :]
     length = row["num_prompt"] + row["num_chosen"] or len(row["input_ids"])
     input_ids, labels = row["input_ids"][:length], row["labels"][:length]
     end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1

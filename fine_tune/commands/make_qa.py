@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fine_tune.corpus import tokenizers
 from fine_tune.errors import UserError
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
@@ -21,19 +21,6 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "×": operator.mul}
 SPLITS = ("train", "validation", "test", "test_new_phrasings", "test_new_operands")
 # Per mille of the (fact, phrasing) pairs, except NEW_OPERANDS: of the operand pairs.
 TEST, VALIDATION, NEW_PHRASINGS, NEW_OPERANDS, NEW_OPERANDS_ASKED = 100, 35, 300, 80, 500
-
-PAD, EOS = "<pad>", "<eos>"
-SPECIAL_TOKENS = [PAD, EOS, "<system>", "<user>", "<assistant>"]
-MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<' ~ message['role'] ~ '>' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] ~ eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
-)
 
 
 class Row(NamedTuple):
@@ -81,10 +68,11 @@ def make_qa(
         UserError: If a file to write is there and `overwrite` is false, the vocabulary is too
             small, or the facts cannot be read or ask one question twice.
     """
-    if tokenizer_vocab_size < MIN_VOCAB_SIZE:
+    least = tokenizers.least_tokens("bpe", tokenizers.SPECIAL_TOKENS)
+    if tokenizer_vocab_size < least:
         raise UserError(
             f"--tokenizer_vocab_size: {tokenizer_vocab_size} is too small; the 256 bytes and the "
-            f"special tokens need {MIN_VOCAB_SIZE}."
+            f"special tokens need {least}."
         )
     folder = Path(output)
     data_paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
@@ -93,13 +81,13 @@ def make_qa(
     ]
     refuse_existing([*data_paths.values(), *tokenizer_paths], overwrite)
     rows = split_rows(Path(facts or QUICKSTART / "facts.yaml"))
-    tokenizer_json = _train_tokenizer(rows["train"], vocab_size=tokenizer_vocab_size)
-    tokenizer_paths[0].parent.mkdir(parents=True, exist_ok=True)
+    texts = (f"{row.question} {row.answer}" for row in rows["train"])
+    tokenizer = tokenizers.train(texts, "bpe", tokenizer_vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
     for split, path in data_paths.items():
         lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows[split]]
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    for path, text in zip(tokenizer_paths, (tokenizer_json, _tokenizer_config()), strict=True):
-        path.write_text(text, encoding="utf-8", newline="\n")
+    tokenizers.save(tokenizer, folder / "tokenizer")
 
 
 def refuse_existing(files: list[Path], overwrite: bool) -> None:
@@ -227,34 +215,6 @@ def relation_facts(name: str, relation: dict[str, Any]) -> Iterator[Fact]:
             is_trained = _per_mille("operands", *sorted((str(a), str(b)))) >= NEW_OPERANDS
             fact_id = f"{name}:{a} {relation['operator']} {b}"
             yield Fact(fact_id, {"a": a, "b": b}, str(result), is_trained)
-
-
-def _train_tokenizer(rows: list[Row], *, vocab_size: int) -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((f"{row.question} {row.answer}" for row in rows), trainer)
-    return tokenizer.to_str(pretty=True) + "\n"
-
-
-def _tokenizer_config() -> str:
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "eos_token": EOS,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 2048,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    return json.dumps(config, indent=2) + "\n"
 
 
 def _fill(template: str, fact: Fact, phrasing: str) -> str:

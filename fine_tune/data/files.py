@@ -47,7 +47,7 @@ def read_files(files: list[Path], cache_dir: Path) -> Dataset:
         except Exception as error:
             told = str(error.__cause__ or error).splitlines()[0]
             raise UserError(f"{files[0]}: cannot be read: {told}") from error
-    problems = [problem for file in files for problem in _broken_lines(file)][:10]
+    problems = [problem for file in files for problem in broken_lines(file)][:10]
     if problems:
         raise UserError(*problems)
     texts = [str(file) for file in files]
@@ -59,21 +59,22 @@ def read_files(files: list[Path], cache_dir: Path) -> Dataset:
 def _json_rows(files: list[str]) -> Iterator[dict[str, str]]:
     """Give every row as a line of JSON: no library gets to guess types, so 007 stays 007 and a date stays text."""
     for name in files:
-        file = Path(name)
-        if file.suffix == ".jsonl":
-            yield from ({JSON_ROW: line.decode().strip()} for _, line in lines_of(file))
-        elif file.suffix == ".txt":
-            yield from (
-                {JSON_ROW: json.dumps({"text": line.decode().rstrip("\r\n")})}
-                for _, line in lines_of(file)
-            )
-        elif file.suffix == ".csv":
-            with open(file, encoding="utf-8-sig", newline="") as handle:
-                yield from (
-                    {JSON_ROW: json.dumps(row)} for row in csv.DictReader(handle, strict=True)
-                )
-        else:
-            yield from ({JSON_ROW: row} for row in _elements(file.read_text("utf-8-sig")))
+        yield from ({JSON_ROW: row} for row in json_rows(Path(name)))
+
+
+def json_rows(file: Path) -> Iterator[str]:
+    """Give every row of a file that was checked, as a line of JSON."""
+    if file.suffix == ".jsonl":
+        yield from (line.decode().strip() for _, line in lines_of(file))
+    elif file.suffix == ".txt":
+        yield from (
+            json.dumps({"text": line.decode().rstrip("\r\n")}) for _, line in lines_of(file)
+        )
+    elif file.suffix == ".csv":
+        with open(file, encoding="utf-8-sig", newline="") as handle:
+            yield from (json.dumps(row) for row in csv.DictReader(handle, strict=True))
+    else:
+        yield from _elements(file.read_text("utf-8-sig"))
 
 
 def _elements(text: str) -> Iterator[str]:
@@ -129,7 +130,8 @@ def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _broken_lines(file: Path) -> list[str]:
+def broken_lines(file: Path) -> list[str]:
+    """Say what of a file of rows cannot be read, with its lines where the format has them."""
     if file.suffix in (".jsonl", ".txt"):
         return [
             problem

@@ -49,10 +49,13 @@ def rows_digest(rows: Dataset) -> str:
     arrow = rows.with_format("arrow")
     for start in range(0, len(rows), ROWS_AT_ONCE):
         table = arrow[start : start + ROWS_AT_ONCE]
-        labels = pc.list_flatten(table["labels"]).to_numpy()
-        digest.update(pc.list_value_length(table["labels"]).to_numpy().tobytes())
+        digest.update(pc.list_value_length(table["input_ids"]).to_numpy().tobytes())
         digest.update(pc.list_flatten(table["input_ids"]).to_numpy().tobytes())
-        digest.update(np.packbits(labels != IGNORE_INDEX).tobytes())
+        if "pieces" in table.column_names:
+            digest.update(pc.list_flatten(table["pieces"]).to_numpy().tobytes())
+        else:
+            labels = pc.list_flatten(table["labels"]).to_numpy()
+            digest.update(np.packbits(labels != IGNORE_INDEX).tobytes())
         for name in ("row_id", "weight"):
             digest.update(table[name].to_numpy().tobytes())
         margins = table["margin"].to_numpy()

@@ -185,6 +185,7 @@ class StepData(LightningDataModule):
             unread_margins=sum(
                 int(np.isnan(column(rows, "margin")).sum()) for rows in prepared.rows.values()
             ),
+            num_bytes=prepared.facts.get("num_bytes", {}),
             choices=choices,
             notes=prepared.facts["notes"] + ["tokens from the cache"] * prepared.cached,
         )
@@ -222,6 +223,10 @@ class StepData(LightningDataModule):
             raise UserError(f"data: {SEALED}")
         return self._test_rows
 
+    def difficulties(self) -> np.ndarray | None:
+        """Return what the training rows are sorted by; None for a new order in every epoch."""
+        return None
+
     def encoded(self, split: str) -> Dataset:
         """Return the encoded rows of a split with what a batch needs of each, as arrays."""
         return self._view(self.rows(split))
@@ -252,6 +257,7 @@ class StepData(LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
+            difficulties=self.difficulties(),
         )
         return StepLoader(self._view(rows), sampler, self._collator(), num_workers=self.num_workers)
 

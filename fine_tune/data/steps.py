@@ -52,6 +52,7 @@ class StepSampler:
         seed: The run's data seed.
         rank: This process, of ``world_size``.
         world_size: Number of processes.
+        difficulties: Rows are taken from the lowest up, equal ones in each epoch's order; None: in that order alone.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class StepSampler:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        difficulties: np.ndarray | None = None,
     ) -> None:
-        self.weights, self.seed = weights, seed
+        self.weights, self.seed, self.difficulties = weights, seed, difficulties
         self.batch_size, self.num_steps = batch_size, num_steps
         self.steps_per_epoch = -(-rows_per_epoch(weights) // batch_size)
         self.rank, self.world_size = rank, world_size
@@ -76,15 +78,22 @@ class StepSampler:
     def rows_of_step(self, step: int, order: np.ndarray | None = None) -> np.ndarray:
         """Return the row indices of a step (from 0) over all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.weights, self.seed, epoch) if order is None else order
+        order = self.order_of(epoch) if order is None else order
         return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        """Return the row indices of an epoch, in the order they are trained on."""
+        order = epoch_order(self.weights, self.seed, epoch)
+        if self.difficulties is None:
+            return order
+        return order[np.argsort(self.difficulties[order], kind="stable")]
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.start, self.num_steps):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.weights, self.seed, epoch)
+                order = self.order_of(epoch)
             yield self.rows_of_step(step, order)[self.rank :: self.world_size].tolist()
 
 

@@ -1,0 +1,70 @@
+"""Pretraining: the NLL of every token of a text but its first, per token; measured per byte of text, too."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fine_tune.batches import SFTBatch
+from fine_tune.modules.base import StepModule
+from fine_tune.modules.metrics import ByteMetrics
+from fine_tune.modules.token_rows import choose_attention, measure, summed_nll, take_rows
+
+
+class Pretrain(StepModule):
+    __doc__ = (
+        (StepModule.__doc__ or "")
+        .replace(
+            "Base of all modules: builds the model, and takes one optimizer step per batch.",
+            "Training of a causal language model on texts, from nothing or further.",
+        )
+        .replace(
+            "    Args:\n",
+            """    Args:
+        pack_rows: Put the rows of a micro-batch behind one another instead of padding them; exact, no row sees another.
+            None: where torch has a kernel for it (a GPU, 16 bit) and the model passes a check.
+""",
+        )
+    )
+
+    evaluation_metrics = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+
+    def __init__(
+        self, model_name_or_path: str | None = None, pack_rows: bool | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model_name_or_path=model_name_or_path, **kwargs)
+        self.pack_rows, self.packs = pack_rows, False
+        self.metrics = ByteMetrics()
+
+    def on_fit_start(self) -> None:
+        choose_attention(self)
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            choose_attention(self)
+
+    def on_test_start(self) -> None:
+        choose_attention(self)
+
+    def loss_count(self, batch: SFTBatch) -> int:
+        return sum(batch["num_supervised"])
+
+    def loss_sums(self, micro_batch: SFTBatch) -> tuple[Tensor]:
+        return (summed_nll(self, micro_batch),)
+
+    def take_rows(self, batch: SFTBatch, rows: slice) -> SFTBatch:
+        return take_rows(batch, rows)
+
+    def evaluate(self, micro_batch: SFTBatch) -> None:
+        measure(self, micro_batch)
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._count_bytes("validation")
+
+    def on_test_epoch_start(self) -> None:
+        self._count_bytes("test")
+
+    def _count_bytes(self, split: str) -> None:
+        num_bytes = self.plan.num_bytes.get(split)  # none of data that are no texts
+        if num_bytes:
+            self.metrics.tokens_per_byte = self.plan.num_supervised[split] / num_bytes
