@@ -187,3 +187,32 @@ def test_a_run_with_packed_rows_has_the_weights_of_one_with_padded(
     size = sum(float(value.square().sum()) for value in padded.values())
     assert (apart / size) ** 0.5 < 1e-4
     assert any(not torch.equal(padded[name], together[name]) for name in padded)  # it was used
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi", "qwen2"])
+def test_varlen_on_a_gpu_is_as_close_to_float32_as_padding_is(
+    architecture: str, tmp_path: Path
+) -> None:
+    heads = {"num_key_value_heads": 2} if architecture in ("llama", "qwen2") else {}
+    model: Any = save_small_model(
+        tmp_path / "model", architecture, hidden_size=256, num_attention_heads=4, **heads
+    )
+    model = model.eval().cuda()
+    batch = rows_of(model.config.vocab_size)
+    rows = batch["input_ids_BT"].cuda()
+    batch = SFTBatch(**{**batch, "input_ids_BT": rows, "labels_BT": batch["labels_BT"].cuda()})  # type: ignore[typeddict-item]
+
+    def real(padded_BTV: torch.Tensor) -> torch.Tensor:
+        return torch.cat([padded_BTV[row, :length] for row, length in enumerate(LENGTHS)]).float()
+
+    with torch.no_grad():
+        exact = real(model(rows, use_cache=False).logits)
+        model = model.bfloat16()
+        assert VARLEN in attention_without_masks(model, torch.bfloat16)
+        padded = real(model(rows, use_cache=False).logits)
+        with attending_by(model, VARLEN):
+            together = model(**packed(batch)[0], use_cache=False).logits[0].float()
+    assert same_logits(model, VARLEN, pack=True)
+    wide, narrow = (torch.linalg.norm(x - exact) for x in (together, padded))
+    assert wide <= 2 * narrow
