@@ -41,6 +41,10 @@ class SFT(StepModule):
     def on_test_start(self) -> None:
         choose_attention(self)
 
+    def lower_precision(self, precision: str) -> None:
+        super().lower_precision(precision)
+        choose_attention(self)  # what is fast in 16 bit may not be there in 32
+
     def loss_count(self, batch: SFTBatch) -> int:
         return sum(batch["num_supervised"])
 

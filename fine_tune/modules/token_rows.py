@@ -14,6 +14,7 @@ from fine_tune.errors import UserError
 from fine_tune.losses import nll_per_token, nll_sum, supervised_targets
 from fine_tune.modules.lm_head import head_at, nll_in_chunks
 from fine_tune.modules.packing import VARLEN, attention_without_masks, packed, same_logits
+from fine_tune.modules.precision import lowered
 
 if TYPE_CHECKING:
     from fine_tune.modules.pretrain import Pretrain
@@ -58,7 +59,10 @@ def choose_attention(module: "SFT | Pretrain") -> None:
     """
     model: Any = module.model
     module.packs, module.rows_attention = False, None
-    with module.trainer.precision_plugin.forward_context():
+    with (
+        module.trainer.precision_plugin.forward_context(),
+        lowered(module.step_precision, module.device),
+    ):
         kind = module.device.type
         autocast = torch.is_autocast_enabled(kind)
         computes_in = torch.get_autocast_dtype(kind) if autocast else model.dtype

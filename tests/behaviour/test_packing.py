@@ -189,6 +189,30 @@ def test_a_run_with_packed_rows_has_the_weights_of_one_with_padded(
     assert any(not torch.equal(padded[name], together[name]) for name in padded)  # it was used
 
 
+def test_a_run_that_falls_back_to_32_bit_is_padded_again(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fine_tune.modules import SFT, token_rows
+
+    def as_on_a_gpu(_: Any, computes_in: torch.dtype) -> Any:
+        return iter([CAUSAL] if computes_in == torch.float32 else [VARLEN, CAUSAL])
+
+    packs: list[bool] = []
+
+    def after(self: SFT, *_: Any) -> None:
+        packs.append(self.packs)
+        if len(packs) == 2:
+            self.lower_precision("32-true")
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_row_by_row)
+    monkeypatch.setattr(token_rows, "attention_without_masks", as_on_a_gpu)
+    monkeypatch.setattr(SFT, "on_train_batch_end", after)
+    outcome = command_line("fit", *fit_args, "--trainer.precision", "bf16-mixed")
+    assert outcome.code == 0, outcome.err
+    assert packs == [True] * 2 + [False] * (len(packs) - 2)
+    assert len(packs) > 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi", "qwen2"])
 def test_varlen_on_a_gpu_is_as_close_to_float32_as_padding_is(
