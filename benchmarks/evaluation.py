@@ -1,7 +1,7 @@
 """C7: evaluation of 2,000 rows of mixed length: real tokens per second, and whether the loss depends on the batches.
 
 The peer is TRL's and transformers' ``evaluate`` in float32, rows grouped by length, at the fastest of several batch
-sizes and of both; its defaults are TRL's. Its loss is a mean of batch means, so the gate's rows have answers of one
+sizes and of both. Its loss is a mean of batch means, so the gate's rows have answers of one
 length, where that mean is the mean over tokens; on the other rows the losses of several batch sizes are shown.
 """
 
@@ -90,7 +90,7 @@ def seconds_of(leg: Measured) -> float:
 def compare(bench: Bench, pairs: int, search: bool, num_rows: int = NUM_ROWS) -> None:
     """Run the row."""
     model = bench.root / "model"
-    bench.say(f"{save_model(model, llama(8, 256, 32_000))[0]}, float32")
+    bench.say(f"{save_model(model, llama(6, 256, 4096))[0]}, float32")
 
     def write(name: str, count: int, answer: Length = ANSWER) -> dict[str, Any]:
         other = bench.root / name.replace(".jsonl", "_train.jsonl")
@@ -121,10 +121,11 @@ def compare(bench: Bench, pairs: int, search: bool, num_rows: int = NUM_ROWS) ->
     best = bench.best(choices, lambda setting: seconds_of(peer("search.jsonl", **setting)), search)
     written = write("rows.jsonl", num_rows)
     bench.say(f"{num_rows:,} rows; {written['told']}; the peer's best: {json.dumps(best)}")
-    losses: dict[str, list[float]] = {"ours": [], "TRL": []}
+    losses: dict[str, list[float]] = {"ours": [], "TRL, of 200 rows": []}
     for rows_at_once in (1, 8, 32):
         losses["ours"].append(ours(rows_at_once=rows_at_once)["loss"])
-        losses["TRL"].append(peer(**{**defaults, "rows_at_once": rows_at_once})["loss"])
+        few = {**defaults, "rows_at_once": rows_at_once}
+        losses["TRL, of 200 rows"].append(peer("search.jsonl", **few)["loss"])
     for name, values in losses.items():
         apart = max(values) / min(values) - 1
         targets = "must: at most 1e-06" if name == "ours" else "no target"
@@ -133,16 +134,11 @@ def compare(bench: Bench, pairs: int, search: bool, num_rows: int = NUM_ROWS) ->
             f"loss at 1, 8 and 32 rows, {name}: {shown}; {apart:.1e} apart, relative; {targets}"
         )
 
-    sides = {
-        "peer best": lambda: peer(**best),
-        "TRL defaults": lambda: peer(**defaults),
-        "ours": ours,
-    }
+    sides = {"peer best": lambda: peer(**best), "ours": ours}
     rates: dict[str, list[float]] = defaultdict(list)
     for pair, name in by_turns(list(sides), pairs):
         leg = sides[name]()
         rates[name].append(written["tokens"] / seconds_of(leg))
         bench.say(f"pair {pair}, {name}: {rates[name][-1]:,.0f} tokens/s; {told(leg)}")
-    wanted = {"peer best": "must: at least 1.5, aim: 2.5", "TRL defaults": "no target"}
-    for name, targets in wanted.items():
-        bench.ratio(f"tokens/s, ours / {name}", rates["ours"], rates[name], targets)
+    targets = "must: at least 1.5, aim: 2.5"
+    bench.ratio("tokens/s, ours / peer best", rates["ours"], rates["peer best"], targets)
