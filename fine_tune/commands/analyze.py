@@ -66,7 +66,11 @@ def _count_empty_completions(settings: list[str]) -> list[str]:
     flags, files = split_flags(settings)
     given = [*flags, *(setting for file in files for setting in read_yaml(file)[0])]
     decided = any(setting.key == "data.empty_completions" for setting in given)
-    return [] if decided else ["--data.empty_completions", "drop"]
+    texts = any(
+        setting.key in ("data", "data.class_path") and str(setting.value).endswith("TextData")
+        for setting in given
+    )
+    return [] if decided or texts else ["--data.empty_completions", "drop"]
 
 
 def _of_train(audit: dict[str, Any], plan: DataPlan) -> Iterator[str]:

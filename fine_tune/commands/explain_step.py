@@ -64,7 +64,8 @@ def explain_step(run_name: str, step: int, root: Path) -> None:
             console.print(line)
         rows = data.rows("train")
         ids_of_rows = column(rows, "row_id")
-        row_ids = [row_id for ids in by_rank.values() for row_id in ids]
+        # a row of packed texts is handed out as its pieces
+        row_ids = list(dict.fromkeys(row_id for ids in by_rank.values() for row_id in ids))
         for row_id, where in zip(row_ids, data.locate_rows(row_ids), strict=True):
             row = rows[int(np.flatnonzero(ids_of_rows == row_id)[0])]
             title = f"row id {row_id}, {printable(where)}"

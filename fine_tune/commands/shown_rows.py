@@ -1,6 +1,7 @@
 """A row as the terminal shows it: its text, supervised tokens marked, nothing in it that could steer the terminal."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from rich.text import Text
@@ -22,7 +23,7 @@ def shown_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: st
     shown = Text(f"{title}: {len(row['input_ids'])} tokens, ")
     shown.append(f"supervised {row['num_supervised']}", style="bold green").append("\n")
     second = row["num_prompt"] + row["num_chosen"]  # where a pair's rejected answer begins
-    for ids, supervised in _runs(row["input_ids"], row["labels"], second):
+    for ids, supervised in _runs(row["input_ids"], _labels(row), second):
         stop = supervised and ids[-1] in special
         text = printable(str(tokenizer.decode(ids[:-1] if stop else ids)), keep="\n\t")
         shown.append(
@@ -32,6 +33,15 @@ def shown_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, title: st
             stop_text = printable(str(tokenizer.decode(ids[-1:])))
             shown.append(f"[stop {stop_text}]", style="bold reverse green")
     return shown.append("\n")
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    """Return a row's labels; of packed texts everything but the first token of each piece."""
+    if "pieces" not in row:
+        labels: list[int] = row["labels"]
+        return labels
+    starts = {0, *accumulate(row["pieces"])}
+    return [IGNORE_INDEX if at in starts else token for at, token in enumerate(row["input_ids"])]
 
 
 def _runs(input_ids: list[int], labels: list[int], second: int) -> Iterator[tuple[list[int], bool]]:

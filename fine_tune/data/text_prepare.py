@@ -4,6 +4,7 @@ Memory holds a batch of documents and a window of pieces, however many there are
 """
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -219,12 +220,16 @@ def _parts(text: str) -> Iterator[str]:
 def _difficulty(document: Document, sorted_by: str, num_tokens: int) -> float:
     if sorted_by == "length":
         return float(num_tokens)
-    value = document.fields.get(sorted_by)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    value: Any = document.fields.get(sorted_by)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # a text, in a CSV
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
         raise UserError(
             f"{document.where}: '{sorted_by}' is no number ({value!r}); data.curriculum_field must be one in every row"
         )
-    return float(value)
+    return number
 
 
 def _write(split: _Split, rows: Iterator[PackedRow], *, last: bool = False) -> None:

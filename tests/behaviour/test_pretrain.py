@@ -239,3 +239,17 @@ def test_one_giant_line_is_one_document(model_folder: Path, tmp_path: Path) -> N
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     one = len(tokenizer(" ".join(WORDS * 400))["input_ids"]) * 100
     assert sum(rows["num_supervised"]) == pytest.approx(one, rel=0.01)
+
+
+def test_texts_can_be_looked_at(command_line: CommandLine, text_args: list[str]) -> None:
+    looked = command_line("analyze", *text_args, "--show", 1)
+    assert looked.code == 0, looked.err
+    assert "documents of" in looked.out and "tokens per row" in looked.out
+    run = command_line("fit", *text_args).run()
+    explained = command_line("explain-step", run.path, 2)
+    assert explained.code == 0, explained.err
+    shown = [line for line in explained.out.splitlines() if line.startswith("row id ")]
+    assert len(shown) == 4
+    assert all("texts.txt:" in line for line in shown)
+    again = command_line("analyze", "--config", run.path / "config.yaml", root=False)
+    assert again.code == 0, again.err
