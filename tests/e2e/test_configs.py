@@ -85,12 +85,26 @@ def stand_in_sources(name: str, folder: Path, num_rows: int) -> str:
     return json.dumps(sources)
 
 
+def stand_in_texts(name: str, folder: Path, num_texts: int) -> list[str]:
+    """Write texts in place of the user's, and make the model small; its kind stays the YAML's own."""
+    file = folder / "texts.txt"
+    file.write_text("\n".join(f"satu {i % 7} dua {i}" for i in range(num_texts)), "utf-8")
+    config = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
+    kind = config["model"]["init_args"]["from_config"]["model_type"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"model_type": kind, "max_position_embeddings": 64, **sizes}
+    flags = ["--data.path", str(file), "--data.max_length", "64", "--data.epochs", "20"]
+    return [*flags, "--model.tokenizer", str(TOKENIZER), "--model.from_config", json.dumps(small)]
+
+
 def stand_ins(name: str, tmp_path: Path, num_train: int = 500) -> list[str]:
     if name == "quickstart":
         return []
     if name == "quickstart_dpo":  # the rows are shipped, the model it goes on from is not
         save_small_model(tmp_path / "model", max_position_embeddings=128)
         return ["--model.model_name_or_path", str(tmp_path / "model")]
+    if name.startswith("pretrain"):
+        return stand_in_texts(name, tmp_path, num_train)
     model = ["--model.model_name_or_path", str(stand_in_model(name, tmp_path / "model"))]
     if name == "gpt2_id_sft":
         return [*model, "--data.sources", stand_in_sources(name, tmp_path, num_train)]
@@ -106,6 +120,8 @@ def test_there_are_configs() -> None:
         "hh_dpo",
         "phi2_dpo",
         "phi2_xsum",
+        "pretrain_150m",
+        "pretrain_150m_llama",
         "quickstart",
         "quickstart_dpo",
         "qwen_coder_chat",
@@ -123,6 +139,29 @@ def test_every_config_takes_three_real_steps(
     outcome = command_line("fit", "--config", config, *args)
     assert outcome.code == 0, outcome.err
     assert [row["step"] for row in outcome.metrics(config.stem)] == ["1", "2", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "weights"), [("pretrain_150m", 184_973_312), ("pretrain_150m_llama", 183_985_152)]
+)
+def test_pretraining_at_its_full_size_takes_three_real_steps(
+    command_line: CommandLine, tmp_path: Path, name: str, weights: int
+) -> None:
+    texts = stand_in_texts(name, tmp_path, 4000)[:2]
+    tokenizer = tmp_path / "tokenizer"
+    train = ["--input", json.dumps([texts[1]]), "--output", str(tokenizer)]
+    assert command_line("train-tokenizer", *train, "--vocab_size", 270).code == 0
+    args = [*texts, "--model.tokenizer", str(tokenizer), "--data.batch_size", "2"]
+    args += ["--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1", "--generations.rows"]
+    config = REPOSITORY / "configs" / f"{name}.yaml"
+    sizes = ["--model.config.vocab_size", "32000"]
+    outcome = command_line("fit", "--config", config, *args, "0", *sizes)
+    assert outcome.code == 0, outcome.err
+    assert f"weights: {weights:,}" in outcome.out
+    losses = [float(row["train/loss"]) for row in outcome.metrics(name) if row["train/loss"]]
+    assert len(losses) == 3 and losses[2] < losses[0]
 
 
 def test_phi2_xsum_runs_its_schedule_to_the_end_and_its_report_says_so(
