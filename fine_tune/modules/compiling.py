@@ -8,7 +8,7 @@ from torch import nn
 
 from fine_tune.errors import UserError
 
-SHAPES = 8  # graphs per kind of block: with and without gradients, one length and any length
+SHAPES = 16  # graphs per kind of block at most: with and without gradients, one row or several, training or not
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -62,6 +62,7 @@ def choose_attention(module: "SFT | Pretrain") -> None:
     with (
         module.trainer.precision_plugin.forward_context(),
         lowered(module.step_precision, module.device),
+        torch.compiler.set_stance("force_eager"),  # a few rows once are not worth a graph
     ):
         kind = module.device.type
         autocast = torch.is_autocast_enabled(kind)

@@ -33,8 +33,8 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
     assert compiled.code == 0, compiled.err
     losses = [float(row["train/loss"]) for row in compiled.metrics(version=1)]
     assert losses == pytest.approx(plain, rel=1e-4)
-    # forward with gradients, and without for validation; not one for each length
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    # with and without gradients, one row or several, training or not; not one for each of the many lengths
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 def test_without_a_compiler_the_user_is_told(
