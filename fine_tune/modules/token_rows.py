@@ -17,7 +17,6 @@ from fine_tune.modules.packing import VARLEN, attention_without_masks, packed, s
 from fine_tune.modules.precision import lowered
 
 if TYPE_CHECKING:
-    from fine_tune.modules.pretrain import Pretrain
     from fine_tune.modules.sft import SFT
 
 log = logging.getLogger("fine_tune")
@@ -35,7 +34,7 @@ def take_rows(batch: SFTBatch, rows: slice) -> SFTBatch:
     )
 
 
-def summed_nll(module: "SFT | Pretrain", batch: SFTBatch) -> Tensor:
+def summed_nll(module: "SFT", batch: SFTBatch) -> Tensor:
     """Return the NLL of a micro-batch's supervised tokens, summed, with its graph."""
     at_once = module.logit_chunks.at_once(module.model, sum(batch["num_supervised"]))
     if at_once is None:
@@ -44,14 +43,14 @@ def summed_nll(module: "SFT | Pretrain", batch: SFTBatch) -> Tensor:
     return nll_in_chunks(module.model, inputs, positions_N, targets_N, at_once).sum()
 
 
-def measure(module: "SFT | Pretrain", batch: SFTBatch) -> None:
+def measure(module: "SFT", batch: SFTBatch) -> None:
     """Add a micro-batch of an evaluation split to the module's metrics."""
     logits_NV, targets_N = _supervised_logits(module, batch)
     correct_N = logits_NV.argmax(-1) == targets_N
     module.metrics.update(nll_per_token(logits_NV, targets_N), correct_N, batch["num_supervised"])
 
 
-def choose_attention(module: "SFT | Pretrain") -> None:
+def choose_attention(module: "SFT") -> None:
     """Attend without masks where the model gives the same so; pack where that saves work, or where the user says so.
 
     Raises:
@@ -86,7 +85,7 @@ def choose_attention(module: "SFT | Pretrain") -> None:
         log.info("rows of a micro-batch are packed, without padding (%s)", how)
 
 
-def _supervised_logits(module: "SFT | Pretrain", batch: SFTBatch) -> tuple[Tensor, Tensor]:
+def _supervised_logits(module: "SFT", batch: SFTBatch) -> tuple[Tensor, Tensor]:
     model: Any = module.model
     inputs, positions_N, targets_N = _inputs(module, batch)
     with head_at(model, positions_N):
@@ -94,7 +93,7 @@ def _supervised_logits(module: "SFT | Pretrain", batch: SFTBatch) -> tuple[Tenso
     return output.logits.squeeze(0), targets_N
 
 
-def _inputs(module: "SFT | Pretrain", batch: SFTBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _inputs(module: "SFT", batch: SFTBatch) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Return the model's inputs, and the positions and tokens that are predicted in them."""
     # Rows are padded on the right and attention is causal: no real token sees a pad, so no mask is needed.
     inputs: dict[str, Any] = {"input_ids": batch["input_ids_BT"]}
