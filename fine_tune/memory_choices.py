@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from fine_tune.batches import Choice
-from fine_tune.data.choices import CPU_TOKENS
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.modules.memory_plan import CUDA_CONTEXT, MemoryPlanner
 from fine_tune.modules.memory_ways import Fitting, largest_budget, largest_rows, way_as_set
@@ -47,7 +46,7 @@ def choose_by_memory(model: Any, data: Any, precision: str) -> dict[str, Choice]
     )
     budget = rows * batch["lengths"][0]
     if device.type == "cpu":
-        budget = min(budget, max(CPU_TOKENS, batch["lengths"][0]))
+        budget = min(budget, max(data.cpu_limit(), batch["lengths"][0]))
     values = {RECOMPUTING: recomputed, BUDGET: budget}
     chosen = {key: Choice(values[key], reason) for key in open_keys}
     model.model_settings.gradient_checkpointing = recomputed

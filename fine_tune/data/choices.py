@@ -7,7 +7,8 @@ import numpy as np
 from fine_tune.batches import Choice
 
 LENGTH_LIMIT = 32_768
-CPU_TOKENS = 2_048  # at a time; more only adds padding and leaves the processor's caches
+# Of a CPU at a time: more tokens only add padding, larger logits leave its caches, fewer tokens starve the products.
+CPU_TOKENS, CPU_LOGITS_BYTES, FEWEST_CPU_TOKENS = 2_048, 32 * 2**20, 512
 # p95 of the tokens per row -> rows per micro-batch, micro-batches per step
 ROWS_BY_P95 = (
     (16_000, 1, 32),
@@ -24,13 +25,24 @@ def longest_up_to_128(longest_row: int, cap: int) -> int:
     return min(cap, -(-longest_row // 128) * 128)
 
 
+def cpu_tokens(vocabulary_size: int, supervised_share: float) -> int:
+    """Return the tokens a CPU takes at a time: those whose logits it keeps in its caches, 512 to 2,048.
+
+    Args:
+        vocabulary_size: Words the model chooses from, 4 bytes each.
+        supervised_share: Share of the tokens that have logits, above 0 up to 1.
+    """
+    tokens = int(CPU_LOGITS_BYTES / (4 * vocabulary_size * supervised_share)) // 128 * 128
+    return max(FEWEST_CPU_TOKENS, min(CPU_TOKENS, tokens))
+
+
 def choose(
     lengths: np.ndarray,
     *,
     longest_row: int,
     max_length: int,
     length_cap: int,
-    on_cpu: bool = False,
+    cpu_limit: int | None = None,
 ) -> dict[str, Choice]:
     """Choose every dynamic setting.
 
@@ -39,7 +51,7 @@ def choose(
         longest_row: Tokens of the longest of them, before truncation.
         max_length: The one in force, chosen by ``longest_up_to_128`` or given.
         length_cap: Positions of the model, at most 32,768.
-        on_cpu: Whether there is nothing but a CPU to train on.
+        cpu_limit: Tokens at a time (``cpu_tokens``) where there is nothing but a CPU to train on.
 
     Returns:
         A value and a reason for each key that may be left open.
@@ -58,8 +70,8 @@ def choose(
         capped = f", up to the model's {length_cap:,} positions"
     tokens = micro * max_length
     at_a_time = f"{micro} rows of {max_length:,} at a time"
-    if on_cpu and tokens > CPU_TOKENS:
-        tokens = max(CPU_TOKENS, max_length)
+    if cpu_limit is not None and tokens > max(cpu_limit, max_length):
+        tokens = max(cpu_limit, max_length)
         at_a_time += f", on a CPU at most {tokens:,} tokens"
     checkpointing = longest > 4_000 or mean > 2_000
     choices: dict[str, tuple[Any, str]] = {

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan
-from fine_tune.data.choices import LENGTH_LIMIT, choose
+from fine_tune.data.choices import LENGTH_LIMIT, choose, cpu_tokens
 from fine_tune.data.encode_rows import column, token_counts
 from fine_tune.data.loader_settings import LoaderSettings, number_of
 from fine_tune.data.options import Options
@@ -161,7 +161,7 @@ class StepData(LightningDataModule):
             longest_row=prepared.facts["audit"]["longest_sequence"],
             max_length=prepared.max_length,
             length_cap=cap,
-            on_cpu=not torch.accelerator.is_available(),
+            cpu_limit=None if torch.accelerator.is_available() else self.cpu_limit(),
         )
         batch_size = self.batch_size or choices["data.batch_size"].value
         rows_of_epoch = rows_per_epoch(column(prepared.rows["train"], "weight"))
@@ -189,6 +189,12 @@ class StepData(LightningDataModule):
             choices=choices,
             notes=prepared.facts["notes"] + ["tokens from the cache"] * prepared.cached,
         )
+
+    def cpu_limit(self) -> int:
+        """Return the tokens a CPU takes at a time, by the vocabulary and the share of tokens that have logits."""
+        train = self.prepared.facts["splits"]["train"]
+        share = train["num_supervised"] / max(1, train["num_tokens"])
+        return cpu_tokens(len(self.tokenizer), share or 1.0)
 
     def cap_length(self, positions: int | None) -> None:
         """Hold ``max_length`` to the model's positions, before anything is tokenized.

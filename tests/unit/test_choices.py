@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fine_tune.data.choices import choose, longest_up_to_128
+from fine_tune.data.choices import choose, cpu_tokens, longest_up_to_128
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,34 @@ def test_the_batch_follows_the_95th_percentile(length: int, micro: int, accumula
 
 
 @pytest.mark.parametrize(
-    ("max_length", "expected"), [(128, 1_024), (256, 2_048), (512, 2_048), (4_096, 4_096)]
+    ("vocabulary_size", "supervised_share", "expected"),
+    [
+        (1_500, 1.0, 2_048),
+        (4_096, 1.0, 2_048),
+        (8_192, 1.0, 1_024),  # 32 MiB / (4 x 8,192)
+        (8_192, 0.4, 2_048),
+        (32_000, 0.4, 640),  # 655, down to a multiple of 128
+        (32_000, 0.3, 768),
+        (32_000, 1.0, 512),
+        (152_000, 1.0, 512),
+    ],
 )
-def test_a_cpu_takes_2048_tokens_at_a_time_or_one_row(max_length: int, expected: int) -> None:
+def test_a_cpu_takes_the_tokens_whose_logits_stay_in_its_caches(
+    vocabulary_size: int, supervised_share: float, expected: int
+) -> None:
+    assert cpu_tokens(vocabulary_size, supervised_share) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_length", "limit", "expected"),
+    [(128, 2_048, 1_024), (256, 2_048, 2_048), (256, 640, 640), (4_096, 2_048, 4_096)],
+)
+def test_a_cpu_takes_no_more_at_a_time_than_that_or_one_row(
+    max_length: int, limit: int, expected: int
+) -> None:
     lengths = np.array([100] * 10)
     chosen = choose(
-        lengths, longest_row=max_length, max_length=max_length, length_cap=8_192, on_cpu=True
+        lengths, longest_row=max_length, max_length=max_length, length_cap=8_192, cpu_limit=limit
     )
     assert chosen["data.max_tokens_per_micro_batch"].value == expected
 
