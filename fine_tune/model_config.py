@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def load_config(
         UserError: Unknown model type or field, a value of the wrong type, or a model that needs hub code.
     """
     if from_config is not None:
-        return _config_from_fields(from_config)
+        return _without_router_scores(_config_from_fields(from_config))
     assert name is not None
     source, commit = resolve_source("model.model_name_or_path", name, revision)
     base = adapter_base(source)
@@ -112,13 +113,21 @@ def load_config(
     if Path(source).is_dir():
         check_model_folder(Path(source))
     try:
-        return AutoConfig.from_pretrained(
-            source, revision=commit or "main", trust_remote_code=False
+        return _without_router_scores(
+            AutoConfig.from_pretrained(source, revision=commit or "main", trust_remote_code=False)
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model.model_name_or_path: config of '{name}': {first_line(error)}"
         ) from error
+
+
+def _without_router_scores(config: PreTrainedConfig) -> PreTrainedConfig:
+    # transformers' generate fails on a mixture of experts that gives them; training steps ask for them by themselves
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "output_router_logits"):
+            part.output_router_logits = False
+    return config
 
 
 def adapter_base(source: str) -> str | None:
@@ -187,7 +196,7 @@ def override_config(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreT
         )
     for key, value in overrides.items():
         setattr(config, key, value)
-    return config
+    return _without_router_scores(config)
 
 
 def _config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -211,7 +220,7 @@ def _config_from_fields(fields: dict[str, Any]) -> PreTrainedConfig:
             )
         config_class = transformers.CONFIG_MAPPING[model_type]
     known = _config_fields(config_class)
-    unknown = [key for key in fields if key not in known]
+    unknown = [key for key in fields if key not in known and not _is_read(key, config_class)]
     if unknown:
         raise UserError(*(_unknown_field(where, key, config_class, known) for key in unknown))
     try:
@@ -228,6 +237,15 @@ def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
         if p not in ("self", "kwargs")
     ]
     return sorted({*own, *config_class.attribute_map, "rope_theta", "rope_scaling"})
+
+
+def _is_read(key: str, config_class: type[PreTrainedConfig]) -> bool:
+    """Whether a model's code asks for a field that its config class does not declare, like Qwen3Moe's ``head_dim``."""
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
+    if model_class is None:
+        return False
+    code = Path(inspect.getfile(model_class)).read_text("utf-8")
+    return re.search(rf'config\.{re.escape(key)}\b|config, "{re.escape(key)}"', code) is not None
 
 
 def _unknown_field(where: str, key: str, config_class: type, known: list[str]) -> str:

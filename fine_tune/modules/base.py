@@ -174,6 +174,10 @@ class StepModule(LightningModule):
     def evaluate(self, micro_batch: Any) -> None:
         """Add a micro-batch of an evaluation split to ``self.metrics``."""
 
+    def interval_metrics(self) -> dict[str, Tensor]:
+        """Return what it counted besides, over all ranks; asked for where a row of ``metrics.csv`` is written."""
+        return {}
+
     # ---- the model
 
     @property

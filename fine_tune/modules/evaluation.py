@@ -88,6 +88,7 @@ def log_evaluation(module: "StepModule", split: str) -> None:
     step = module.trainer.global_step
     fitting = module.trainer.state.fn == "fit"
     if fitting:
+        values |= {f"{split}_{name}": value for name, value in module.interval_metrics().items()}
         values |= {
             "step": torch.tensor(float(step)),
             "epoch": torch.tensor(step / module.plan.steps_per_epoch),

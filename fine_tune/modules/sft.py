@@ -6,7 +6,15 @@ from torch import Tensor
 
 from fine_tune.batches import SFTBatch
 from fine_tune.modules.base import StepModule
-from fine_tune.modules.token_rows import choose_attention, measure, summed_nll, take_rows
+from fine_tune.modules.gradients import StepGradient
+from fine_tune.modules.routers import Routers, routers_of
+from fine_tune.modules.token_rows import (
+    choose_attention,
+    measure,
+    real_tokens,
+    summed_nll,
+    take_rows,
+)
 
 
 class SFT(StepModule):
@@ -30,9 +38,12 @@ class SFT(StepModule):
     ) -> None:
         super().__init__(model_name_or_path=model_name_or_path, **kwargs)
         self.pack_rows, self.packs = pack_rows, False
+        self.routers: Routers | None = None  # of a mixture of experts that gives their scores
 
     def on_fit_start(self) -> None:
         choose_attention(self)
+        self.routers = routers_of(self.model)
+        self.step_metrics = ("balance_loss",) if self.routers is not None else ()
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":
@@ -48,11 +59,34 @@ class SFT(StepModule):
     def loss_count(self, batch: SFTBatch) -> int:
         return sum(batch["num_supervised"])
 
-    def loss_sums(self, micro_batch: SFTBatch) -> tuple[Tensor]:
-        return (summed_nll(self, micro_batch),)
+    def gradients(self, batch: SFTBatch) -> StepGradient:
+        if self.routers is not None:
+            self.routers.restart()
+        return super().gradients(batch)
+
+    def loss_sums(self, micro_batch: SFTBatch) -> tuple[Tensor, ...]:
+        nll = summed_nll(self, micro_batch)
+        if self.routers is None:
+            return (nll,)
+        # a mean over the micro-batch, weighed by its part of the step: transformers' own where it is all of it
+        balance = self.routers.balance_loss(real_tokens(self, micro_batch))
+        balance = balance * self.loss_count(micro_batch)
+        return nll + self.routers.coefficient * balance, balance.detach()
 
     def take_rows(self, batch: SFTBatch, rows: slice) -> SFTBatch:
         return take_rows(batch, rows)
 
+    def interval_metrics(self) -> dict[str, Tensor]:
+        routers = self.routers
+        figures = {} if routers is None else routers.figures(self.trainer.world_size)
+        return {f"experts/{name}": value for name, value in figures.items()}
+
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        if self.routers is not None:
+            self.routers.restart()
+
     def evaluate(self, micro_batch: SFTBatch) -> None:
         measure(self, micro_batch)
+        if self.routers is not None:
+            self.routers.balance_loss(real_tokens(self, micro_batch))

@@ -65,6 +65,7 @@ def log_step(module: "StepModule", gradient: StepGradient, throughput: Throughpu
     }
     if step % log_interval(trainer) == 0:
         values["perf/tokens_per_second"] = throughput.take()
+        values |= {f"train_{name}": value for name, value in module.interval_metrics().items()}
         if module.device.type == "cuda":
             values["perf/vram_peak_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
     module.log_dict(values)

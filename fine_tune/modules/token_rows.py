@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fine_tune.batches import SFTBatch
+from fine_tune.batches import SFTBatch, on_device
 from fine_tune.errors import UserError
 from fine_tune.losses import nll_per_token, nll_sum, supervised_targets
 from fine_tune.modules.lm_head import head_at, nll_in_chunks
@@ -48,6 +48,16 @@ def measure(module: "SFT", batch: SFTBatch) -> None:
     logits_NV, targets_N = _supervised_logits(module, batch)
     correct_N = logits_NV.argmax(-1) == targets_N
     module.metrics.update(nll_per_token(logits_NV, targets_N), correct_N, batch["num_supervised"])
+
+
+def real_tokens(module: "SFT", batch: SFTBatch) -> Tensor | None:
+    """Return 1 for each token of the rows as the model got them, 0 for padding; None where there is none."""
+    rows, longest = batch["input_ids_BT"].shape
+    if module.packs or len(batch["lengths"]) * longest == sum(batch["lengths"]):
+        return None
+    lengths_B1 = on_device(batch["lengths"], module.device)[:, None]
+    real_BT = torch.arange(longest, device=module.device).expand(rows, -1) < lengths_B1
+    return real_BT.flatten()
 
 
 def choose_attention(module: "SFT") -> None:
@@ -100,4 +110,6 @@ def _inputs(module: "SFT", batch: SFTBatch) -> tuple[dict[str, Any], Tensor, Ten
     labels_BT = batch["labels_BT"]
     if module.packs:
         inputs, labels_BT = packed(batch)
+    if module.routers is not None:
+        inputs["output_router_logits"] = True
     return inputs, *supervised_targets(labels_BT, sum(batch["num_supervised"]))

@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 import fine_tune
@@ -97,10 +99,20 @@ def write_model(folder: Path, architecture: str) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0}
+    experts = {
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.1,
+    }
     config: PreTrainedConfig = {
         "llama": lambda: LlamaConfig(**sizes),
         "phi": lambda: PhiConfig(**sizes, **no_dropout),
         "qwen2": lambda: Qwen2Config(**sizes),
+        "gpt2": lambda: GPT2Config(**sizes, **no_dropout, attn_pdrop=0.0),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**{**sizes, **experts}),
     }[architecture]()
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
