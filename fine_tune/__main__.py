@@ -42,6 +42,10 @@ VERBS = {
         "fine_tune.commands.report:main",
         "write what became of a run, as one page; several runs side by side",
     ),
+    "lineage": (
+        "fine_tune.commands.lineage:lineage",
+        "where a run's weights come from, run by run, back to the hashes of the data",
+    ),
     "explain-step": (
         "fine_tune.commands.explain_step:main",
         "show the rows behind one optimizer step of a run",

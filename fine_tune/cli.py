@@ -159,6 +159,7 @@ class FineTuneCLI(SettingsCLI):
             self.identity,
             self.changes,
             model=self.model.model_settings.model_name_or_path,
+            tokenizer=self.model.model_settings.tokenizer,
             command=self.args_given,
         )
 

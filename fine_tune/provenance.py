@@ -19,9 +19,9 @@ from fine_tune.modules.run_identity import (
     refuse_another_run,
     write_identity,
 )
-from fine_tune.runs.checkpoint import MANIFEST
+from fine_tune.runs.lineage import parent_of, read_tokenizer_origin
 from fine_tune.runs.places import Place
-from fine_tune.runs.run_folder import RECORD, RunFolder
+from fine_tune.runs.run_folder import RunFolder
 
 log = logging.getLogger("fine_tune")
 SECRET_VARIABLE = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
@@ -67,6 +67,7 @@ def record_origin(
     changes: list[Change],
     *,
     model: str | None,
+    tokenizer: str | None,
     command: list[str],
 ) -> None:
     """Write into ``run.json`` what the run is, what changed at which step, its parents, and the command.
@@ -77,6 +78,7 @@ def record_origin(
         identity: What it is.
         changes: What is not as in the checkpoint.
         model: The folder or name its weights come from.
+        tokenizer: The same of its tokenizer.
         command: The arguments given.
     """
     record, step = run.read(), place.step
@@ -99,6 +101,7 @@ def record_origin(
             "identity_hash": identity_hash(identity),
             "changes": [c for c in record.get("changes", []) if c["step"] < step] + made,
             "parents": record.get("parents") or _parents(model, continued),
+            "tokenizer_origin": read_tokenizer_origin(tokenizer),
             "commands": [*record.get("commands", []), {**launch, "directory": os.getcwd()}],
         }
     )
@@ -130,25 +133,6 @@ def without_secrets(args: list[str]) -> list[str]:
 
 
 def _parents(model: str | None, continued: Path | None) -> list[dict[str, Any]]:
-    found = {"weights": Path(model) if model else None, "training state": continued}
-    return [
-        {"gave": gave, **_checkpoint(folder)}
-        for gave, path in found.items()
-        if path is not None and (folder := _checkpoint_folder(path)) is not None
-    ]
-
-
-def _checkpoint_folder(path: Path) -> Path | None:
-    resolved = path.resolve()
-    if (resolved / RECORD).is_file():  # a run's folder stands for its best checkpoint
-        resolved = RunFolder(resolved).checkpoint("best") or resolved
-    return next((p for p in (resolved, *resolved.parents) if (p / MANIFEST).is_file()), None)
-
-
-def _checkpoint(folder: Path) -> dict[str, Any]:
-    identity = read_identity(folder)
-    return {
-        "run": str(folder.parent.parent),
-        "checkpoint": folder.name,
-        "identity_hash": identity_hash(identity) if identity else None,
-    }
+    given = {"weights": Path(model) if model else None, "training state": continued}
+    found = [parent_of(gave, path) for gave, path in given.items() if path is not None]
+    return [parent for parent in found if parent is not None]

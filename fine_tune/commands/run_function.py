@@ -20,6 +20,7 @@ def run_function(verb: str, function: Callable[..., Any], args: list[str]) -> in
     start_console()
     parser = ArgumentParser(prog=f"python -m fine_tune {verb}", exit_on_error=False)
     positional = POSITIONAL in inspect.signature(function).parameters
+    parser.add_argument("--config", action="config", help="YAML file of these settings")
     parser.add_function_arguments(function, as_positional=positional)
     known = [option for action in parser._actions for option in action.option_strings]
     unknown = [
@@ -33,7 +34,7 @@ def run_function(verb: str, function: Callable[..., Any], args: list[str]) -> in
         except Exception as error:  # jsonargparse raises errors of several classes
             raise UserError(str(error).strip()) from error
         with exits_on_sigterm():
-            function(**values.as_dict())
+            function(**{k: v for k, v in values.as_dict().items() if k != "config"})
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)

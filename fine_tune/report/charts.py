@@ -49,7 +49,7 @@ class Line:
     """One curve of a chart.
 
     Args:
-        name: In the legend; ours, never the user's.
+        name: In the legend; ours, never the user's. Empty: one of many, behind those that have one.
         curve: What is drawn.
         points: With a mark at each value: few values, each of them measured.
         faint: Behind its smoothed form.
@@ -151,7 +151,7 @@ def _line(axes: Axes, line: Line) -> None:
         curve.steps,
         curve.values,
         color=COLOUR[line.colour],
-        label=line.name,
+        label=line.name or None,  # without a name: not in the legend
         linewidth=0.9 if line.faint else 1.7,
         alpha=0.4 if line.faint else 1.0,
         **marked,

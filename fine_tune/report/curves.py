@@ -1,7 +1,7 @@
 """How training went, drawn: loss, learning rate, gradient norm, speed, memory, rewards; events marked."""
 
 from fine_tune.report.blocks import Block, Charts, Section, Sentences
-from fine_tune.report.charts import Drawing, Line, Mark, draw, smoothed
+from fine_tune.report.charts import SERIES, Drawing, Line, Mark, draw, smoothed
 from fine_tune.report.noise import window
 from fine_tune.report.record import Curve, RunRecord
 from fine_tune.report.words import Words
@@ -57,6 +57,7 @@ def curves(run: RunRecord, words: Words) -> Section:
     drawn += _single(run, words, "perf/tokens_per_second", "rate", marks)
     drawn += _memory(run, words, marks)
     drawn += _rewards(run, words, marks)
+    drawn += _experts(run, words, marks)
     blocks: list[Block] = [Charts(drawn)]
     told = [("note", line) for line in event_lines(run, words)]
     if told:
@@ -116,11 +117,39 @@ def _rewards(run: RunRecord, words: Words, marks: list[Mark]) -> list[tuple[str,
     return drawn
 
 
+def _experts(run: RunRecord, words: Words, marks: list[Mark]) -> list[tuple[str, str, str]]:
+    drawn = []
+    for key in ("load", "entropy"):
+        prefix = f"train_experts/{key}_"
+        names = sorted({name for row in run.metrics for name in row if name.startswith(prefix)})
+        layers = {
+            words("layer", number=int(name.removeprefix(prefix))): run.curve(name).finite()
+            for name in names
+        }
+        if layers:
+            lines = _of_layers({name: curve for name, curve in layers.items() if len(curve)})
+            drawn.append(_drawn(words, f"experts_{key}", Drawing(lines, words("step"), marks)))
+    return drawn
+
+
+def _of_layers(layers: dict[str, Curve]) -> list[Line]:
+    """Draw every layer; of more layers than colours, those that end highest and lowest, the others behind them."""
+    if len(layers) <= len(SERIES):
+        return [
+            Line(name, curve, colour=colour)
+            for (name, curve), colour in zip(layers.items(), SERIES, strict=False)
+        ]
+    ranked = sorted(layers, key=lambda name: layers[name].values[-1])
+    named = {ranked[-1]: "two", ranked[0]: "three"}
+    behind = [Line("", layers[name], faint=True) for name in layers if name not in named]
+    return behind + [Line(name, layers[name], colour=colour) for name, colour in named.items()]
+
+
 def _drawn(words: Words, key: str, drawing: Drawing) -> tuple[str, str, str]:
     told = []
     for line in drawing.lines:
         curve = line.curve.finite()
-        if len(curve):
+        if len(curve) and line.name:
             numbers = {"first": curve.values[0], "last": curve.values[-1]}
             numbers |= {"low": curve.values.min(), "high": curve.values.max()}
             shown = {name: words.number(float(value)) for name, value in numbers.items()}

@@ -5,6 +5,7 @@ from typing import Any
 from fine_tune.report.blocks import Block, Facts, Section
 from fine_tune.report.record import RunRecord
 from fine_tune.report.words import Words
+from fine_tune.runs.lineage import ancestry, lines_of
 
 DTYPES = {"32": "float32", "16": "float16", "bf": "bfloat16", "64": "float64"}
 PATH_PARTS = 3
@@ -164,9 +165,10 @@ def _adapter(run: RunRecord, words: Words) -> list[tuple[str, str]]:
 
 def _history(run: RunRecord, words: Words) -> list[tuple[str, str]]:
     pairs = []
-    for parent in run.record.get("parents", []):
-        told = f"{parent.get('gave')}: {parent.get('run')}/checkpoints/{parent.get('checkpoint')}"
-        pairs.append((words("came_from"), told))
+    for depth, ancestor in ancestry(run.path, run.record).chain():
+        if depth:
+            told = "; ".join(line.strip() for line in lines_of(ancestor))
+            pairs.append((words("came_from"), told))
     for change in run.record.get("changes", []):
         values = {"before": str(change.get("from")), "after": str(change.get("to"))}
         where = {"key": str(change.get("key")), "step": str(change.get("step"))}

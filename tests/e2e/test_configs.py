@@ -9,12 +9,21 @@ import yaml
 from harness import REPOSITORY, TOKENIZER, CommandLine, write_rows
 from report_items import check_every_item
 from small_models import save_small_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PhiConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PhiConfig,
+    Qwen2Config,
+)
 
 from fine_tune.runs.run_folder import RunFolder
 from fine_tune.summary import reached
 
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+SIZES = {"10m": (4_096, 9_988_800), "50m": (32_000, 50_473_472), "150m": (32_000, 152_006_400)}
+SIZES |= {"3b": (32_000, 2_997_127_680)}
 
 
 def stand_in_model(name: str, folder: Path) -> Path:
@@ -90,9 +99,12 @@ def stand_in_texts(name: str, folder: Path, num_texts: int) -> list[str]:
     file = folder / "texts.txt"
     file.write_text("\n".join(f"satu {i % 7} dua {i}" for i in range(num_texts)), "utf-8")
     config = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
-    kind = config["model"]["init_args"]["from_config"]["model_type"]
+    fields = config["model"]["init_args"]["from_config"]
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    small = {"model_type": kind, "max_position_embeddings": 64, **sizes}
+    small = {"model_type": fields["model_type"], "max_position_embeddings": 64, **sizes}
+    if "num_experts" in fields:
+        experts = {"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 8}
+        small = {**fields, **small, **experts}
     flags = ["--data.path", str(file), "--data.max_length", "64", "--data.epochs", "20"]
     return [*flags, "--model.tokenizer", str(TOKENIZER), "--model.from_config", json.dumps(small)]
 
@@ -122,6 +134,7 @@ def test_there_are_configs() -> None:
         "phi2_xsum",
         "pretrain_150m",
         "pretrain_150m_llama",
+        "pretrain_moe",
         "quickstart",
         "quickstart_dpo",
         "qwen_coder_chat",
@@ -144,10 +157,15 @@ def test_every_config_takes_three_real_steps(
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("name", "weights"), [("pretrain_150m", 184_973_312), ("pretrain_150m_llama", 183_985_152)]
+    ("name", "vocabulary", "weights"),
+    [
+        ("pretrain_150m", 32_000, 184_973_312),
+        ("pretrain_150m_llama", 32_000, 183_985_152),
+        ("pretrain_moe", 4_754, 166_758_144),
+    ],
 )
 def test_pretraining_at_its_full_size_takes_three_real_steps(
-    command_line: CommandLine, tmp_path: Path, name: str, weights: int
+    command_line: CommandLine, tmp_path: Path, name: str, vocabulary: int, weights: int
 ) -> None:
     texts = stand_in_texts(name, tmp_path, 4000)[:2]
     tokenizer = tmp_path / "tokenizer"
@@ -156,12 +174,34 @@ def test_pretraining_at_its_full_size_takes_three_real_steps(
     args = [*texts, "--model.tokenizer", str(tokenizer), "--data.batch_size", "2"]
     args += ["--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1", "--generations.rows"]
     config = REPOSITORY / "configs" / f"{name}.yaml"
-    sizes = ["--model.config.vocab_size", "32000"]
+    sizes = ["--model.config.vocab_size", vocabulary]
     outcome = command_line("fit", "--config", config, *args, "0", *sizes)
     assert outcome.code == 0, outcome.err
     assert f"weights: {weights:,}" in outcome.out
     losses = [float(row["train/loss"]) for row in outcome.metrics(name) if row["train/loss"]]
     assert len(losses) == 3 and losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_behind_an_experiment_makes_its_model_as_large_as_it_says(
+    command_line: CommandLine, tmp_path: Path, size: str
+) -> None:
+    file = REPOSITORY / "configs" / "sizes" / f"{size}.yaml"
+    fields = yaml.safe_load(file.read_text())["model"]["init_args"]["from_config"]
+    vocabulary, weights = SIZES[size]
+    config = AutoConfig.for_model(**fields, vocab_size=vocabulary)
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(config).num_parameters() == weights
+    if size != "10m":
+        return
+    texts = stand_in_texts("pretrain_150m", tmp_path, 100)[:-1]
+    experiment = ["--config", REPOSITORY / "configs" / "pretrain_150m.yaml", "--config", file]
+    args = [*texts[:-1], "--trainer.max_steps", 1, "--generations.rows", 0]
+    outcome = command_line("fit", *experiment, *args)
+    assert outcome.code == 0, outcome.err
+    assert "fit: new llama, random weights" in outcome.out
+    fewer = vocabulary - len(AutoTokenizer.from_pretrained(TOKENIZER))
+    assert f"weights: {weights - fewer * fields['hidden_size']:,}, " in outcome.out
 
 
 def test_phi2_xsum_runs_its_schedule_to_the_end_and_its_report_says_so(

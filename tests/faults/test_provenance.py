@@ -131,14 +131,15 @@ def test_a_run_knows_its_parents(
     child = command_line("fit", *fit_args, "--model.model_name_or_path", model, "--name", "child")
     assert child.code == 0, child.err
     record = child.run("child").read()
-    assert record["parents"] == [
-        {
-            "gave": "weights",
-            "run": str(parent.path.resolve()),
-            "checkpoint": last.name,  # type: ignore[union-attr]
-            "identity_hash": parent.read()["identity_hash"],
-        }
-    ]
+    (known,) = record["parents"]
+    origin = known.pop("origin")
+    assert known == {
+        "gave": "weights",
+        "run": str(parent.path.resolve()),
+        "checkpoint": last.name,  # type: ignore[union-attr]
+        "identity_hash": parent.read()["identity_hash"],
+    }
+    assert origin["files"] == parent.read()["identity"]["data.files"]
     assert parent.read()["parents"] == []
 
 

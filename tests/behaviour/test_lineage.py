@@ -1,0 +1,117 @@
+"""The chain from a run back to the texts its tokenizer was trained on; a deleted link is named."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+from harness import CommandLine, Outcome
+
+SMALL = "{model_type: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(f"satu {i} dua {i % 7} tiga" for i in range(200)), "utf-8")
+    return file
+
+
+@pytest.fixture
+def chain(command_line: CommandLine, texts: Path, tmp_path: Path, rows_file: Path) -> Outcome:
+    """Tokenizer, pretraining on its texts, fine-tuning on rows, both of two steps."""
+    tokenizer = tmp_path / "tokenizer"
+    made = command_line(
+        "train-tokenizer",
+        *("--input", f"[{texts}]", "--output", tokenizer, "--vocab_size", 270),
+    )
+    assert made.code == 0, made.err
+    brief = ["--trainer.max_steps", 2, "--data.batch_size", 4, "--generations.rows", 0]
+    first = command_line(
+        *("fit", "--name", "first", "--model", "Pretrain", "--model.from_config", SMALL),
+        *("--model.tokenizer", tokenizer, "--data", "TextData", "--data.path", texts),
+        *("--data.max_length", 32, *brief),
+    )
+    assert first.code == 0, first.err
+    second = command_line(
+        *("fit", "--name", "second", "--model", "SFT"),
+        *("--model.model_name_or_path", first.run("first").path),
+        *("--data", "SFTData", "--data.path", rows_file, *brief),
+        *("--data.prompt", "{question}", "--data.completion", " {answer}"),
+    )
+    assert second.code == 0, second.err
+    return second
+
+
+def shown(command_line: CommandLine, outcome: Outcome, name: str = "second") -> list[str]:
+    told = command_line("lineage", outcome.run(name).path)
+    assert told.code == 0, told.err
+    return told.out.splitlines()
+
+
+def sha256(file: Path) -> str:
+    return f"SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+
+
+def test_the_chain_goes_back_to_the_hashes_of_the_data(
+    command_line: CommandLine, chain: Outcome, texts: Path, rows_file: Path
+) -> None:
+    lines = shown(command_line, chain)
+    assert lines[0] == "second/version_0: SFT"
+    assert lines[1] == f"  data {rows_file} {sha256(rows_file)}"
+    best = chain.run("first").read()["best"]
+    assert f"  first/version_0: Pretrain, weights of {best}" in lines
+    assert f"    data {texts} {sha256(texts)}" in lines
+    (tokenizer,) = [line for line in lines if line.startswith("    tokenizer")]
+    assert tokenizer.endswith(f": bpe of 270 from {texts} {sha256(texts)}")
+
+
+def test_a_deleted_parent_is_named_with_what_its_child_kept_of_it(
+    command_line: CommandLine, chain: Outcome, texts: Path
+) -> None:
+    before, folder = shown(command_line, chain), chain.run("first").path
+    shutil.rmtree(folder.parent)
+    after = shown(command_line, chain)
+    (changed,) = [line for line in after if line not in before]
+    assert changed.endswith(f" (deleted: {folder})")
+    assert len(after) == len(before)
+
+
+def test_a_parent_whose_checkpoint_is_gone_or_whose_settings_changed_is_told(
+    command_line: CommandLine, chain: Outcome
+) -> None:
+    run = chain.run("first")
+    shutil.rmtree(run.checkpoints)
+    assert any("(checkpoint gone: " in line for line in shown(command_line, chain))
+    run.update({"identity_hash": "another"})
+    assert any("(changed since: " in line for line in shown(command_line, chain))
+    (run.path / "run.json").write_text("{")
+    assert any("(damaged: " in line for line in shown(command_line, chain))
+
+
+def test_a_written_folder_hands_the_chain_on(
+    command_line: CommandLine, chain: Outcome, tmp_path: Path, rows_file: Path
+) -> None:
+    target = tmp_path / "exported"
+    assert command_line("export", chain.run("second").path, "--output", target).code == 0
+    third = command_line(
+        *("fit", "--name", "third", "--model", "SFT", "--model.model_name_or_path", target),
+        *("--data", "SFTData", "--data.path", rows_file, "--data.batch_size", 4),
+        *("--data.prompt", "{question}", "--data.completion", " {answer}"),
+        *("--trainer.max_steps", 1, "--generations.rows", 0, "--report", "en"),
+    )
+    assert third.code == 0, third.err
+    lines = shown(command_line, third, "third")
+    assert [line.strip().split(":")[0] for line in lines if "/version_0: " in line] == [
+        "third/version_0",
+        "second/version_0",
+        "first/version_0",
+    ]
+    page = (third.run("third").path / "report.md").read_text("utf-8")
+    assert "second/version_0: SFT" in page and "first/version_0: Pretrain" in page
+
+
+def test_a_run_that_is_not_there_is_a_mistake_of_the_user(command_line: CommandLine) -> None:
+    told = command_line("lineage", "nothing")
+    assert told.code == 2
+    assert "run: no run 'nothing'" in told.err
