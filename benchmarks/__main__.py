@@ -17,8 +17,8 @@ from benchmarks.harness import REPOSITORY, Bench, empty_folder
 from benchmarks.rows import ROWS, toy
 from benchmarks.training import TrainingBench
 
-CPU = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "growth")
-GPU = ("G1", "G2", "G4", "G5")
+CPU = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "growth")
+GPU = ("G1", "G2", "G3", "G4", "G5")
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def run(name: str, asked: argparse.Namespace) -> None:
         if name in ROWS:
             row = toy(ROWS[name]) if asked.toy else ROWS[name]
             training = TrainingBench(name, row, results, root, asked.threads)
-            compare = {"SFT": sft.compare, "DPO": dpo.compare}[row.task]
+            compare = dpo.compare if row.task == "DPO" else sft.compare
             compare(training, asked.pairs or row.pairs, asked.search, asked.ours)
             bench: Bench = training
         else:

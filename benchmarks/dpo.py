@@ -8,7 +8,7 @@ C4 and told apart in the others. Tokenization is in no rate.
 from collections import defaultdict
 from typing import Any
 
-from benchmarks.harness import Clock, Measured, by_turns, told
+from benchmarks.harness import Measured, by_turns, told
 from benchmarks.training import (
     Leg,
     TrainingBench,
@@ -43,7 +43,7 @@ def run_trl(**given: Any) -> Measured:
         settings |= {"model_init_kwargs": model_arguments(leg)}
     if leg.gate:
         _sum_in_float64(trl.trainer.utils)
-    clock = Clock(leg.num_steps)
+    clock = leg.clock()
     clock.watch(datasets, "load_dataset", "tokenization")
     clock.watch(DPOTrainer, "_prepare_dataset", "tokenization")
     clock.watch(DPOTrainer, "_precompute_ref_logps", "reference")

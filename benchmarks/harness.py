@@ -30,10 +30,11 @@ class Clock:
 
     Args:
         num_steps: Optimizer steps there will be: a GPU is waited for after the last one, and after ``begin``.
+        warmup: Steps at the start that are not counted: what is compiled is compiled in them.
     """
 
-    def __init__(self, num_steps: int = 0) -> None:
-        self.num_steps = num_steps
+    def __init__(self, num_steps: int = 0, warmup: int = 0) -> None:
+        self.num_steps, self.warmup = num_steps, warmup
         self.start = time.perf_counter()
         self.calls: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
@@ -47,7 +48,8 @@ class Clock:
             try:
                 return original(*args, **kwargs)
             finally:
-                if name == "begin" or (name == "step" and self.num("step") == self.num_steps - 1):
+                num = self.num("step") + 1
+                if name == "begin" or (name == "step" and num in (self.warmup, self.num_steps)):
                     wait_for_gpu()
                 self.calls[name].append((start, time.perf_counter()))
 
@@ -58,12 +60,12 @@ class Clock:
         return len(self.calls[name])
 
     def measured(self, **more: Any) -> Measured:
-        """Return the seconds of each name, of the steps (from ``begin`` on) and in all, and the memory's peaks."""
+        """Return the seconds of each name, of the steps that count and in all, and the memory's peaks."""
         total, calls = time.perf_counter() - self.start, dict(self.calls)
         ends, begins = ([end for _, end in calls.pop(name, [])] for name in ("step", "begin"))
         seconds = {name: sum(b - a for a, b in spans) for name, spans in calls.items()}
         if ends:
-            seconds["steps"] = ends[-1] - begins[-1]
+            seconds["steps"] = ends[-1] - (ends[self.warmup - 1] if self.warmup else begins[-1])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         told = {"seconds": seconds | {"total": total}, "num_steps": len(ends), "peak_rss_gib": peak}
         return told | gpu_peak() | more

@@ -74,7 +74,7 @@ def write_rows(
         count: Rows.
         prompt: Tokens of a prompt.
         answer: Tokens of an answer, without the stop token.
-        answers: Their fields: ``("completion",)``, or ``("chosen", "rejected")``.
+        answers: Their fields: ``("completion",)``, ``("chosen", "rejected")``, or none: texts.
 
     Returns:
         ``tokens``, those of all rows (a pair's prompt twice), and ``told``, the mean lengths.
@@ -95,13 +95,17 @@ def write_rows(
             num_answers = [answer.draw(draw) for _ in answers]
             for name, num in zip(answers, num_answers, strict=True):
                 row[name] = " " + " ".join(draw.choices(words, k=num))
-            row["length"] = num_prompt + max(num_answers) + 1  # the peer groups by it
+            row["length"] = num_prompt + max(num_answers, default=0) + 1  # the peer groups by it
             handle.write(json.dumps(row) + "\n")
             counts["prompt"].append(num_prompt)
             counts["answer"] += [num + 1 for num in num_answers]  # the stop token
             counts["row"].append(row["length"])
+    if not answers:
+        counts = {"text": counts["row"]}
     means = {name: statistics.mean(of) for name, of in counts.items()}
     shown = [f"{name} {means[name]:.0f} (up to {max(of)})" for name, of in counts.items()]
+    if not answers:
+        return {"tokens": sum(counts["text"]), "told": f"mean tokens: {', '.join(shown)}"}
     tokens = len(answers) * sum(counts["prompt"]) + sum(counts["answer"])
     share = sum(counts["answer"]) / tokens
     told = f"mean tokens: {', '.join(shown)}; {share:.0%} of them carry loss"

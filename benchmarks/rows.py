@@ -19,6 +19,16 @@ PHI_2 = {
     "partial_rotary_factor": 0.4,
     "max_position_embeddings": 2048,
 }
+GPT_2 = {
+    "model_type": "gpt2",
+    "vocab_size": 32_000,
+    "hidden_size": 1024,
+    "n_inner": 4096,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 1024,
+    **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+}
 QWEN = {
     "model_type": "qwen2",
     "vocab_size": 151_936,
@@ -75,6 +85,16 @@ ROWS = {
         epochs=3,
         targets={"best": (1.4, 1.8)},
     ),
+    "C8": Row(
+        "Pretrain",
+        llama(6, 384, 32_000),
+        prompt=Length(511, 0, 1, 1024),
+        answer=Length(1, 0, 1, 1),
+        batch_size=4,
+        steps=13,
+        warmup=3,
+        targets={"best": (1.1, 1.3)},
+    ),
     "G1": Row(
         "SFT",
         PHI_2,
@@ -96,6 +116,18 @@ ROWS = {
         lora=True,
         quantization="nf4",
         device="cuda",
+    ),
+    "G3": Row(
+        "Pretrain",
+        GPT_2,
+        prompt=Length(1023, 0, 1, 1024),
+        answer=Length(1, 0, 1, 1),
+        batch_size=512,
+        steps=13,
+        pairs=2,
+        warmup=3,
+        device="cuda",
+        targets={"best": (1.3, 1.3)},
     ),
     "G4": Row(
         "SFT",
@@ -127,7 +159,14 @@ def toy(row: Row) -> Row:
     """Return a row small enough for a minute on a CPU: the same code, no figure worth keeping."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
-    short = {name: Length(12, 0.3, 4, 40) for name in ("prompt", "answer")}
+    spread = 0.0 if row.task == "Pretrain" else 0.3
+    short = {name: Length(12, spread, 4, 40) for name in ("prompt", "answer")}
     config = {**row.config, **sizes, **heads}
-    changes = {"batch_size": 4, "steps": 3, "pairs": 1, "device": "cpu", "config": config}
+    changes = {
+        "batch_size": 4,
+        "steps": 3 + row.warmup,
+        "pairs": 1,
+        "device": "cpu",
+        "config": config,
+    }
     return replace(row, **changes, **short)  # type: ignore[arg-type]

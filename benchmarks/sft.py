@@ -1,10 +1,13 @@
-"""SFT beside TRL's SFTTrainer and transformers' Trainer: C1 (all weights), C2 (LoRA), G1, G2 and G4 of the design."""
+"""SFT beside TRL's SFTTrainer and transformers' Trainer: C1 (all weights), C2 (LoRA), G1, G2 and G4 of the design.
+
+Pretraining beside transformers' Trainer alone: C8 and G3.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Clock, Measured
+from benchmarks.harness import Measured
 from benchmarks.training import (
     Leg,
     TrainingBench,
@@ -33,7 +36,7 @@ def run_trl(**given: Any) -> Measured:
     settings = peer_arguments(leg)
     if leg.peer is not None:
         settings |= {"max_length": None, "model_init_kwargs": model_arguments(leg)}
-    clock = Clock(leg.num_steps)
+    clock = leg.clock()
     clock.watch(datasets, "load_dataset", "tokenization")
     clock.watch(SFTTrainer, "_prepare_dataset", "tokenization")
     clock.watch(CallbackHandler, "on_train_begin", "begin")
@@ -66,7 +69,7 @@ def run_trainer(**given: Any) -> Measured:
     from transformers.trainer_callback import CallbackHandler
 
     leg = Leg.of(given)
-    clock = Clock(leg.num_steps)
+    clock = leg.clock()
     clock.watch(datasets, "load_dataset", "tokenization")
     clock.watch(datasets.Dataset, "map", "tokenization")
     clock.watch(CallbackHandler, "on_train_begin", "begin")
@@ -90,14 +93,15 @@ def run_trainer(**given: Any) -> Measured:
 
 
 def tokenized(file: Path, tokenizer: Any, cache: str) -> Any:
-    """Return the rows of a file with ``input_ids`` and ``labels``, the prompt's -100."""
+    """Return the rows of a file with ``input_ids`` and ``labels``, the prompt's -100; of a text, all but its first."""
     import datasets
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        prompts, answers = (
-            tokenizer(rows[name], add_special_tokens=False)["input_ids"]
-            for name in ("prompt", "completion")
-        )
+        prompts = tokenizer(rows["prompt"], add_special_tokens=False)["input_ids"]
+        if "completion" in rows:
+            answers = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
+        else:
+            prompts, answers = [ids[:1] for ids in prompts], [ids[1:] for ids in prompts]
         answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
         pairs = list(zip(prompts, answers, strict=True))
         return {
@@ -107,13 +111,15 @@ def tokenized(file: Path, tokenizer: Any, cache: str) -> Any:
         }
 
     rows = datasets.load_dataset("json", data_files=str(file), cache_dir=cache)["train"]
-    return rows.map(encode, batched=True, remove_columns=["prompt", "completion"])
+    texts = [name for name in rows.column_names if name != "length"]
+    return rows.map(encode, batched=True, remove_columns=texts)
 
 
 def compare(bench: TrainingBench, pairs: int, search: bool, more: str) -> None:
     """Run a row: parity, the peer's best, then all sides by turns."""
-    bench.gate(PEERS)
-    sides = bench.sides(bench.best_peer(search, PEERS), more)
+    peers = ("Trainer",) if bench.row.task == "Pretrain" else PEERS
+    bench.gate(peers)
+    sides = bench.sides(bench.best_peer(search, peers), more)
     compare_rates(bench, sides, pairs)
     if bench.row.quantization:
         _beside_lora(bench, pairs)

@@ -29,7 +29,7 @@ class Row:
     """A row of the design's tables: what is trained, on what, and what is wanted.
 
     Args:
-        task: SFT or DPO.
+        task: SFT, DPO, or Pretrain: all rows of one length, the peer compiled.
         config: The model's.
         prompt: Its tokens.
         answer: The same of an answer.
@@ -40,10 +40,11 @@ class Row:
         lora: Whether an adapter is trained, on all linear layers.
         quantization: nf4, or none.
         device: cpu or cuda.
+        warmup: Steps at the start that are not counted.
         targets: By peer: what a release needs of the ratio, and what is aimed at.
     """
 
-    task: Literal["SFT", "DPO"]
+    task: Literal["SFT", "DPO", "Pretrain"]
     config: dict[str, Any]
     prompt: Length
     answer: Length
@@ -54,12 +55,18 @@ class Row:
     lora: bool = False
     quantization: str | None = None
     device: str = "cpu"
+    warmup: int = 0
     targets: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def answers(self) -> tuple[str, ...]:
         """The fields of a row's answers."""
-        return ("completion",) if self.task == "SFT" else ("chosen", "rejected")
+        return {"SFT": ("completion",), "DPO": ("chosen", "rejected"), "Pretrain": ()}[self.task]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row of texts, the stop token included."""
+        return self.prompt.mean + 1
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,10 @@ class Leg:
         """Optimizer steps it takes."""
         return GATE_STEPS if self.gate else self.row.steps * self.row.epochs
 
+    def clock(self) -> Clock:
+        """Return the clock of the run."""
+        return Clock(self.num_steps, 0 if self.gate else self.row.warmup)
+
     @property
     def batch_size(self) -> int:
         """Rows per optimizer step."""
@@ -133,7 +144,7 @@ def run_ours(**given: Any) -> Measured:
             set_peft_model_state_dict(self.model, adapter_of(leg))
 
         module.configure_model = with_adapter
-    clock = Clock(leg.num_steps)
+    clock = leg.clock()
     clock.watch(StepData, "prepare_data", "tokenization")
     if leg.row.task == "DPO":
         clock.watch(module, "on_fit_start", "reference")
@@ -150,7 +161,7 @@ def run_ours(**given: Any) -> Measured:
 def our_line(leg: Leg) -> list[str]:
     """Return our command line: what the task asks for, and the defaults."""
     row = leg.row
-    data = "SFTData" if row.task == "SFT" else "PreferenceData"
+    data = {"SFT": "SFTData", "DPO": "PreferenceData", "Pretrain": "TextData"}[row.task]
     line = f"""
         fit --trainer.default_root_dir={leg.folder} --trainer.accelerator={row.device} --trainer.devices=1
         --trainer.precision={OUR_PRECISIONS[leg.precision]} --trainer.gradient_clip_val=1.0
@@ -162,6 +173,8 @@ def our_line(leg: Leg) -> list[str]:
         --data.cache_dir={leg.folder}/cache --checkpoint.every=1000000""".split()
     if row.task == "DPO":
         line += [f"--model.beta={leg.beta}"]
+    if row.task == "Pretrain":
+        line += ["--data.field=prompt", f"--data.max_length={row.length}"]
     if row.lora:
         line += [f"--model.lora.{key}={value}" for key, value in LORA.items()]
         line += ["--model.lora.target_modules=all-linear"]
@@ -190,6 +203,7 @@ def peer_arguments(leg: Leg) -> dict[str, Any]:
         given |= {"per_device_train_batch_size": peer["at_once"]}
         given |= {"gradient_accumulation_steps": leg.batch_size // peer["at_once"]}
         given |= {"dataloader_num_workers": peer["workers"]}
+        given |= {"torch_compile": leg.row.task == "Pretrain" and not leg.gate}
     if leg.gate:
         given |= {"train_sampling_strategy": "sequential", "lr_scheduler_type": "cosine"}
         given |= {"per_device_train_batch_size": leg.batch_size, "gradient_accumulation_steps": 1}
@@ -259,7 +273,8 @@ class TrainingBench(Bench):
             f"{described}, trained: {trained}{f', {row.quantization}' * bool(row.quantization)}"
         )
         written = self.write("rows.jsonl", row.steps * row.batch_size)
-        self.tokens = written["tokens"] * row.epochs
+        self.tokens = written["tokens"] * row.epochs  # that are counted
+        self.tokens -= self.tokens * row.warmup // (row.steps * row.epochs)
         self.say(
             f"{row.steps * row.batch_size} rows, {row.batch_size} a step, epochs {row.epochs}; {written['told']}"
         )
@@ -271,7 +286,7 @@ class TrainingBench(Bench):
 
     def train(self, side: str, folder: Path | None = None, **fields: Any) -> Measured:
         """Run a training leg: of ours, or of ``TRL`` or ``Trainer``."""
-        of_task = {"SFT": "benchmarks.sft", "DPO": "benchmarks.dpo"}[self.row.task]
+        of_task = "benchmarks.dpo" if self.row.task == "DPO" else "benchmarks.sft"
         function = (
             "benchmarks.training:run_ours" if side == "ours" else f"{of_task}:run_{side.lower()}"
         )
@@ -328,7 +343,7 @@ class TrainingBench(Bench):
         }
         if row.task == "DPO":
             choices["precompute"] = (False, True)
-        steps = min(row.steps, SEARCH_STEPS)
+        steps = min(row.steps, SEARCH_STEPS + row.warmup)
         self.write("search.jsonl", steps * row.batch_size)
 
         def seconds(setting: dict[str, Any]) -> float:
@@ -350,6 +365,9 @@ class TrainingBench(Bench):
         for precision in dict.fromkeys((first, best["precision"])):
             ours = {"side": "ours", "precision": precision, "more": more}
             sides.setdefault(f"ours {OUR_PRECISIONS[precision]}", ours)
+            if self.row.task == "Pretrain":
+                compiled = {**ours, "more": f"{more} --model.compile=true"}
+                sides.setdefault(f"ours {OUR_PRECISIONS[precision]} compiled", compiled)
         return sides
 
     def pairs_of(

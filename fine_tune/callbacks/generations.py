@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fine_tune.batches import data_of, plan_of
 from fine_tune.errors import UserError
 from fine_tune.losses import IGNORE_INDEX
+from fine_tune.runs.answers import ANOTHER, is_another, shares_of
 from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
@@ -23,6 +24,9 @@ SHOWN_CHARACTERS = 40
 
 class Generations(Callback):
     """Let the model answer some rows, beside the expected answers, with exact match.
+
+    Of the test rows also how many answers are wrong and what another row expects (``another_answer``), where rows have
+    answers in common: a fact, but not the one asked for.
 
     Answers are written to ``generations.jsonl`` in the run folder; those already there are not asked again.
 
@@ -55,13 +59,13 @@ class Generations(Callback):
         if limit and cast(Any, pl_module).can_generate:
             answers = self._answer(trainer, pl_module, "test", _stage(trainer, "test"), int(limit))
             if trainer.is_global_zero:
-                share = sum(answer["exact_match"] for answer in answers) / len(answers)
-                pl_module.log("test/exact_match", share, rank_zero_only=True, logger=False)
-                log.info(
-                    "test: %d of %d answers match exactly",
-                    sum(a["exact_match"] for a in answers),
-                    len(answers),
-                )
+                shares = shares_of(answers)
+                values = {f"test/{name}": share for name, share in shares.items()}
+                pl_module.log_dict(values, rank_zero_only=True, logger=False)
+                told = [f"{sum(a['exact_match'] for a in answers)} of {len(answers)} match exactly"]
+                if ANOTHER in shares:
+                    told.append(f"{sum(is_another(answers))} are the answer to another row")
+                log.info("test: %s", ", ".join(told))
 
     def asks(self, trainer: Trainer, pl_module: Any) -> bool:
         """Say whether validation rows are answered."""

@@ -3,7 +3,6 @@
 Sits before the straight line: what it writes is what `data/preferences.py` reads.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -11,14 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fine_tune.commands.make_qa import (
-    QUICKSTART,
-    SPLITS,
-    Row,
-    read_relations,
-    refuse_existing,
-    split_rows,
-)
+from fine_tune.commands.make_qa import SPLITS, Row, facts_files, refuse_existing, split_rows
+from fine_tune.corpus.facts import digest, read_relations
 from fine_tune.errors import UserError
 
 ALMOST = (1, -1, 2, -2, 3, -3, 10, -10)  # what a wrong sum is off by
@@ -43,7 +36,11 @@ class Pair(NamedTuple):
 
 
 def make_preferences(
-    output: str, *, facts: str | None = None, pairs: int = 1000, overwrite: bool = False
+    output: str,
+    *,
+    facts: str | list[str] | None = None,
+    pairs: int = 1000,
+    overwrite: bool = False,
 ) -> None:
     """Write pairs of a right and a worse answer for DPO, with a card that says how they were made.
 
@@ -53,7 +50,7 @@ def make_preferences(
 
     Args:
         output: Folder for the five JSONL files and the card, `README.md`.
-        facts: YAML file of relations, as for `make-qa`; by default the one shipped.
+        facts: YAML file of relations or several, as for `make-qa`; by default the one shipped.
         pairs: Training pairs, at least 1. Every question gets one pair before any gets a second. Of the held-out
             files, each question gets one pair.
         overwrite: Whether to replace files that are already there.
@@ -65,7 +62,7 @@ def make_preferences(
     folder = Path(output)
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     refuse_existing([*paths.values(), folder / "README.md"], overwrite)
-    written = split_pairs(Path(facts or QUICKSTART / "facts.yaml"), pairs)
+    written = split_pairs(read_relations(facts_files(facts)), pairs)
     folder.mkdir(parents=True, exist_ok=True)
     for split, path in paths.items():
         lines = [json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in written[split]]
@@ -73,11 +70,11 @@ def make_preferences(
     (folder / "README.md").write_text(_card(written), encoding="utf-8", newline="\n")
 
 
-def split_pairs(facts: Path, num_train: int) -> dict[str, list[Pair]]:
+def split_pairs(relations: dict[str, dict[str, Any]], num_train: int) -> dict[str, list[Pair]]:
     """Return the pairs of each split.
 
     Args:
-        facts: YAML file of relations.
+        relations: As `read_relations` gives them.
         num_train: Training pairs.
 
     Raises:
@@ -85,9 +82,9 @@ def split_pairs(facts: Path, num_train: int) -> dict[str, list[Pair]]:
     """
     if num_train < 1:
         raise UserError(f"--pairs: must be at least 1, got {num_train}")
-    rows = split_rows(facts)
+    rows = split_rows(relations)
     answers = _answers(rows)
-    sums = {name for name, relation in read_relations(facts).items() if "facts" not in relation}
+    sums = {name for name, relation in relations.items() if "facts" not in relation}
     made = {split: _pairs(of_split, answers, sums) for split, of_split in rows.items()}
     train = list(_first(made["train"], num_train))
     if len(train) < num_train:
@@ -123,7 +120,7 @@ def worse_answers(
         ],
     }
     kinds = [kind for kind in KINDS if by_kind[kind]]
-    first = int(_digest(row.fact, row.phrasing), 16) % len(kinds)  # not every question the same
+    first = int(digest(row.fact, row.phrasing), 16) % len(kinds)  # not every question the same
     kinds = kinds[first:] + kinds[:first]
     given = {row.answer}
     for turn in zip_longest(*(by_kind[kind] for kind in kinds)):
@@ -174,11 +171,7 @@ def _answers(rows: dict[str, list[Row]]) -> dict[str, list[str]]:
 
 
 def _shuffled(values: Any, row: Row) -> list[str]:
-    return sorted(values, key=lambda value: _digest(row.fact, row.phrasing, value))
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+    return sorted(values, key=lambda value: digest(row.fact, row.phrasing, value))
 
 
 def _card(written: dict[str, list[Pair]]) -> str:

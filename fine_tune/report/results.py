@@ -8,7 +8,9 @@ from fine_tune.report.intervals import wilson
 from fine_tune.report.record import RunRecord
 from fine_tune.report.targets import Target, judge
 from fine_tune.report.words import Words
+from fine_tune.runs.answers import ANOTHER, is_another
 
+OF_ANSWERS = ("test/exact_match", f"test/{ANOTHER}")
 MOST_ANSWERS, MOST_CHARACTERS = 16, 400
 Ends = tuple[float, float]
 
@@ -43,12 +45,16 @@ def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends
         ends = tuple(noted) if isinstance(noted, list) and len(noted) == 2 else (None, None)
     if all(isinstance(end, int | float) for end in ends):
         return (float(ends[0]), float(ends[1])), ""  # type: ignore[arg-type]
-    if name.endswith("/exact_match"):
+    if name in OF_ANSWERS:
         stage = f"test {result.get('checkpoint') or 'untrained'}"
         answers = [answer for answer in run.answers if answer.get("stage") == stage]
-        right = sum(bool(answer.get("exact_match")) for answer in answers)
-        if answers and abs(right / len(answers) - metrics[name]) < 1e-6:
-            return wilson(right / len(answers), len(answers)), f"{right} / {len(answers)}"
+        counts = {
+            "test/exact_match": sum(bool(answer.get("exact_match")) for answer in answers),
+            f"test/{ANOTHER}": sum(is_another(answers)),
+        }
+        if answers and abs(counts[name] / len(answers) - metrics[name]) < 1e-6:
+            count = counts[name]
+            return wilson(count / len(answers), len(answers)), f"{count} / {len(answers)}"
     return None, ""
 
 

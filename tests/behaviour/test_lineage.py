@@ -67,7 +67,7 @@ def test_the_chain_goes_back_to_the_hashes_of_the_data(
 
 
 def test_a_deleted_parent_is_named_with_what_its_child_kept_of_it(
-    command_line: CommandLine, chain: Outcome, texts: Path
+    command_line: CommandLine, chain: Outcome
 ) -> None:
     before, folder = shown(command_line, chain), chain.run("first").path
     shutil.rmtree(folder.parent)

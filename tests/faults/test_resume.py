@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness import CommandLine
 from safetensors.torch import load_file
+from small_models import save_small_model
 
 DROPOUT = ["--model.config.attention_dropout", "0.1", "--trainer.gradient_clip_val", "1.0"]
 LORA = ["--model.lora.r", "4", "--model.lora.lora_dropout", "0.1"]
@@ -33,6 +34,21 @@ def test_resuming_after_a_defect_equals_the_straight_run(
         command_line("fit", *fit_args, *DROPOUT, *every, *stop_at(step))
     assert straight.run("run").read()["status"] == "failed"
     resumed = command_line("fit", *fit_args, *DROPOUT, *every, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_same_run(straight, resumed)
+
+
+def test_a_mixture_of_experts_resumes_bit_for_bit_with_what_its_routers_did(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    save_small_model(tmp_path / "moe", "qwen3_moe", head_dim=8, norm_topk_prob=False, **experts)
+    args = [*fit_args, "--model.model_name_or_path", tmp_path / "moe", "--checkpoint.every", "2"]
+    straight = command_line("fit", *args, "--name", "straight")
+    assert "train_experts/load_00" in straight.metrics("straight")[0]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *stop_at(5))
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
     assert_same_run(straight, resumed)
 

@@ -8,6 +8,7 @@ import pytest
 
 from fine_tune.commands.make_preferences import KINDS, Pair, make_preferences, split_pairs
 from fine_tune.commands.make_qa import QUICKSTART, SPLITS, Row, split_rows
+from fine_tune.corpus.facts import read_relations
 from fine_tune.errors import UserError
 
 FACTS = QUICKSTART / "facts.yaml"
@@ -20,7 +21,7 @@ def shipped(split: str) -> list[Pair]:
 
 
 def questions(split: str) -> dict[str, Row]:
-    return {row.question: row for row in split_rows(FACTS)[split]}
+    return {row.question: row for row in split_rows(read_relations([FACTS]))[split]}
 
 
 def test_a_fresh_run_writes_the_shipped_bytes(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_the_four_kinds_are_what_the_card_says() -> None:
 
 
 def test_fewer_pairs_are_the_first_of_more_and_every_question_comes_before_a_second_turn() -> None:
-    few, many = split_pairs(FACTS, 50), split_pairs(FACTS, 5000)
+    few, many = split_pairs(read_relations([FACTS]), 50), split_pairs(read_relations([FACTS]), 5000)
     assert many["train"][:50] == few["train"] and len(few["train"]) == 50
     num_questions = len(questions("train"))
     assert len({pair.prompt for pair in many["train"][:num_questions]}) == num_questions
@@ -75,9 +76,9 @@ def test_fewer_pairs_are_the_first_of_more_and_every_question_comes_before_a_sec
 
 def test_more_pairs_than_the_facts_give_are_refused_with_their_number() -> None:
     with pytest.raises(UserError, match=r"--pairs: 10,000,000 asked, but these facts give 1\d\d,"):
-        split_pairs(FACTS, 10_000_000)
+        split_pairs(read_relations([FACTS]), 10_000_000)
     with pytest.raises(UserError, match="at least 1"):
-        split_pairs(FACTS, 0)
+        split_pairs(read_relations([FACTS]), 0)
 
 
 def test_existing_files_are_kept_unless_overwrite_is_set(tmp_path: Path) -> None:

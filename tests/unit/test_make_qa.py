@@ -8,7 +8,8 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from fine_tune.commands.make_qa import QUICKSTART, SPLITS, Row, make_qa, relation_facts, split_rows
+from fine_tune.commands.make_qa import QUICKSTART, SPLITS, Row, make_qa, split_rows
+from fine_tune.corpus.facts import read_relations, relation_facts
 from fine_tune.errors import UserError
 
 HELD_OUT_PAIRS = ("test", "validation")
@@ -100,9 +101,9 @@ def test_a_new_fact_moves_no_other_row(tmp_path: Path) -> None:
     phrasings = {f"p{i}": f"{i} {{subject}}?" for i in range(8)}
     facts = {f"land {i}": f"city {i}" for i in range(20)}
     relation = {"phrasings": phrasings, "new_phrasings": {"n": "n {subject}?"}, "facts": facts}
-    before = split_rows(write_facts(tmp_path / "before.yaml", relation))
+    before = split_rows(read_relations([write_facts(tmp_path / "before.yaml", relation)]))
     extended = {**relation, "facts": {"land new": "city new", **facts}}
-    after = split_rows(write_facts(tmp_path / "after.yaml", extended))
+    after = split_rows(read_relations([write_facts(tmp_path / "after.yaml", extended)]))
     for split in SPLITS:
         assert [row for row in after[split] if row.answer != "city new"] == before[split]
 
@@ -110,7 +111,7 @@ def test_a_new_fact_moves_no_other_row(tmp_path: Path) -> None:
 def test_a_lone_fact_is_trained_in_every_phrasing(tmp_path: Path) -> None:
     phrasings = {f"p{i}": f"{i} {{subject}}?" for i in range(50)}
     relation = {"phrasings": phrasings, "new_phrasings": {}, "facts": {"land": "city"}}
-    rows = split_rows(write_facts(tmp_path / "facts.yaml", relation))
+    rows = split_rows(read_relations([write_facts(tmp_path / "facts.yaml", relation)]))
     assert {split: len(rows[split]) for split in SPLITS if rows[split]} == {"train": 50}
 
 
@@ -118,7 +119,7 @@ def test_two_phrasings_with_one_text_are_refused(tmp_path: Path) -> None:
     phrasings = {"a": "Capital of {subject}?", "b": "Capital of {subject}?"}
     relation = {"phrasings": phrasings, "new_phrasings": {}, "facts": {"land": "city"}}
     with pytest.raises(UserError, match=r"Capital of land\?.*capital:b.*capital:a"):
-        split_rows(write_facts(tmp_path / "facts.yaml", relation))
+        split_rows(read_relations([write_facts(tmp_path / "facts.yaml", relation)]))
 
 
 def test_relations_that_cannot_be_asked_are_all_named(tmp_path: Path) -> None:
@@ -127,16 +128,16 @@ def test_relations_that_cannot_be_asked_are_all_named(tmp_path: Path) -> None:
     content = {"relations": {"capital": {"facts": {"land": "city"}}, "power": power}}
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        split_rows(path)
+        read_relations([path])
     assert [problem.split()[2] for problem in caught.value.problems] == ["capital", "power"]
     with pytest.raises(UserError, match="no_such"):
-        split_rows(tmp_path / "no_such.yaml")
+        read_relations([tmp_path / "no_such.yaml"])
 
 
 def test_a_misspelt_placeholder_names_its_phrasing(tmp_path: Path) -> None:
     relation = {"phrasings": {"a": "{subjek}?"}, "new_phrasings": {}, "facts": {"land": "city"}}
     with pytest.raises(UserError, match=r"capital:a .*\{subject\}"):
-        split_rows(write_facts(tmp_path / "facts.yaml", relation))
+        split_rows(read_relations([write_facts(tmp_path / "facts.yaml", relation)]))
 
 
 def test_the_tokenizer_round_trips_and_masks_all_but_assistant_turns() -> None:

@@ -1,0 +1,19 @@
+"""What the answers of a run come to: right, another row's, or neither."""
+
+from typing import Any
+
+ANOTHER = "another_answer"
+
+
+def is_another(answers: list[dict[str, Any]]) -> list[bool]:
+    """Say of each answer whether it is wrong and what another row expects: a fact, but not the one asked for."""
+    expected = {answer["expected"] for answer in answers}
+    return [not a.get("exact_match") and a.get("answer") in expected for a in answers]
+
+
+def shares_of(answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the shares of exact matches and, where rows have answers in common, of other rows' answers."""
+    shares = {"exact_match": sum(bool(a.get("exact_match")) for a in answers) / len(answers)}
+    if len({answer["expected"] for answer in answers}) < len(answers):
+        shares[ANOTHER] = sum(is_another(answers)) / len(answers)
+    return shares
