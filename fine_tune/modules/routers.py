@@ -82,6 +82,7 @@ class Routers:
 
         Returns:
             ``load_00``: tokens of the expert that got most over the mean, from 1 (even) up to the number of experts.
+            ``load``: the same of all layers together, which is what the balance loss evens out.
             ``entropy_00``: of a token's choice, the mean, in nats, from 0 (sure) to the log of that number.
         """
         if self._counted_LF is None:
@@ -96,7 +97,8 @@ class Routers:
             "load": counts_LE.max(1).values / counts_LE.mean(1),
             "entropy": entropy_L / num_tokens_L,
         }
-        return {
+        counts_E = counts_LE.sum(0)
+        return {"load": counts_E.max() / counts_E.mean()} | {
             f"{name}_{layer:02d}": value
             for name, values_L in figures.items()
             for layer, value in enumerate(values_L)
