@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from transformers import PreTrainedConfig
+from transformers.integrations import moe
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from fine_tune.models import AUTO_CLASSES, Head, quantization_config
@@ -27,7 +29,9 @@ BLOCK, BLOCKS = 64, 256  # of bitsandbytes: weights per scale, scales per scale 
 @contextmanager
 def without_values() -> Iterator[FakeTensorMode]:
     """Make every tensor one that has a shape, a type, a size in bytes, and neither memory nor values."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    # torch's grouped product of experts knows shapes of bfloat16 only; transformers' own stand-in takes as much
+    chooses = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False, create=True)
+    with chooses, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
 

@@ -95,6 +95,19 @@ def test_a_plan_is_what_a_step_takes(
         assert working == pytest.approx(real["working"], rel=0.1), way
 
 
+def test_a_mixture_of_experts_is_planned(fit_args: list[str], tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+    save_small_model(tmp_path / "moe", "qwen3_moe", head_dim=8, norm_topk_prob=False, **experts)
+    run = prepared(fit_args, tmp_path / "moe", tmp_path)
+    batch = run.datamodule.longest_rows("train")
+    planner = MemoryPlanner(run.model, run.datamodule.tokenizer, "32-true")
+    way = ways_to_train(run.model.model_settings, planner.config)[0]
+    planned, real = planner.at_once(way.settings, batch, 4), taken(run, way, batch, 4, "32-true")
+    assert planned.weights == real["weights"]
+    assert planned.gradients == real["gradients"]
+    assert planned.optimizer == real["optimizer"]
+
+
 @pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit", "AdamW"])
 def test_the_state_of_bitsandbytes_optimizers_is_planned(
     fit_args: list[str], tmp_path: Path, name: str
