@@ -78,9 +78,12 @@ def make_qa(
         path: (json.dumps(row._asdict(), ensure_ascii=False) for row in rows[path.stem])
         for path in paths
     }
-    for path, of_path in {**lines, **texts}.items():
-        content = "".join(f"{line}\n" for line in of_path)
-        folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        path: "".join(f"{line}\n" for line in of_path)
+        for path, of_path in {**lines, **texts}.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in contents.items():
         path.write_text(content, encoding="utf-8", newline="\n")
     if tokenizer_vocab_size is not None:
         trained = (f"{row.question} {row.answer}" for row in rows["train"])
