@@ -30,7 +30,7 @@ BLOCK, BLOCKS = 64, 256  # of bitsandbytes: weights per scale, scales per scale 
 def without_values() -> Iterator[FakeTensorMode]:
     """Make every tensor one that has a shape, a type, a size in bytes, and neither memory nor values."""
     # torch's grouped product of experts knows shapes of bfloat16 only; transformers' own stand-in takes as much
-    chooses = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False, create=True)
+    chooses = mock.patch.object(moe, "_can_use_grouped_mm", return_value=False, create=True)
     with chooses, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
