@@ -189,7 +189,7 @@ def override_config(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreT
     """
     config = copy.deepcopy(config)
     known = _config_fields(type(config))
-    unknown = [key for key in overrides if key not in known]
+    unknown = [key for key in overrides if key not in known and not _is_read(key, type(config))]
     if unknown:
         raise UserError(
             *(_unknown_field("model.config", key, type(config), known) for key in unknown)

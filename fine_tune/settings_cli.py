@@ -20,6 +20,7 @@ from fine_tune.errors import UserError, nearest
 from fine_tune.exits import user_error_behind
 from fine_tune.memory_choices import choose_by_memory
 from fine_tune.parser_reports import innermost, with_key
+from fine_tune.runs.answers import OF_ANSWERS
 from fine_tune.runs.run_folder import LOGS, check_name
 from fine_tune.saved_config import RunConfig
 from fine_tune.settings import take_templates
@@ -215,7 +216,7 @@ class SettingsCLI(LightningCLI):
         if self.subcommand == "fit":
             at_end = {"validation", *(["test"] if self.settings.test_at_end else [])}
             answered = model.can_generate and self.settings.generations.test_rows
-            also = ["test/exact_match"] if answered else []
+            also = list(OF_ANSWERS) if answered else []
             problems += target_problems(
                 self.settings.targets,
                 [*model.evaluation_metrics, *also],

@@ -20,7 +20,7 @@ from fine_tune.errors import UserError
 from fine_tune.report.inert import markdown
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
-from fine_tune.runs.lineage import ORIGIN_FILE, parent_of
+from fine_tune.runs.lineage import ORIGIN_FILE, parent_of, to_share
 from fine_tune.runs.run_folder import RECORD
 from fine_tune.trained_model import TrainedModel
 
@@ -150,7 +150,9 @@ def finish(unfinished: Path, folder: ModelFolder) -> None:
     """Add the model card, and where the weights come from, for the lineage of what is trained from them."""
     (unfinished / CARD).write_text(folder.card(), "utf-8")
     origin = parent_of("weights", folder.trained.checkpoint)
-    (unfinished / ORIGIN_FILE).write_text(json.dumps(origin, indent=1, ensure_ascii=False), "utf-8")
+    if origin is not None:
+        shared = json.dumps(to_share(origin, unfinished), indent=1, ensure_ascii=False)
+        (unfinished / ORIGIN_FILE).write_text(shared, "utf-8")
 
 
 def _python(target: Path, kind: str, package: str = "transformers", more: str = "") -> str:

@@ -29,11 +29,11 @@ def fact_texts(relations: dict[str, dict[str, Any]], count: int) -> Iterator[str
     _refuse_questions(told, facts)
     written, version = 0, 0
     while True:
-        for group in _texts(facts, version):
+        for text in _texts(facts, version):
             if written == count:
                 return
             yield " ".join(
-                sentence for facts in group for sentence in _sentences(facts, told, version)
+                sentence for group in text for sentence in _sentences(group, told, version)
             )
             written += 1
         version += 1

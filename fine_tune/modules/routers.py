@@ -30,9 +30,7 @@ class Routers:
         }
         self.coefficient = float(config.router_aux_loss_coef) if trained & ROUTER_NAMES else 0.0
         self._given: tuple[Tensor, ...] = ()  # [P, E] of each layer, of the forward pass at hand
-        self._counted_LF: Tensor | None = (
-            None  # tokens of each expert, sum of the entropies, tokens
-        )
+        self._counted_LF: Tensor | None = None  # tokens of each expert, entropies, tokens
         _decoder(model).register_forward_hook(self._keep)
 
     def _keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -87,7 +85,7 @@ class Routers:
         """
         if self._counted_LF is None:
             return {}
-        counted_LF = sum_over_ranks(self._counted_LF, self._counted_LF.device, world_size)
+        counted_LF = sum_over_ranks(self._counted_LF, self._counted_LF.device, world_size).cpu()
         counts_LE, entropy_L, num_tokens_L = (
             counted_LF[:, :-2],
             counted_LF[:, -2],

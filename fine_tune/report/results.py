@@ -8,9 +8,8 @@ from fine_tune.report.intervals import wilson
 from fine_tune.report.record import RunRecord
 from fine_tune.report.targets import Target, judge
 from fine_tune.report.words import Words
-from fine_tune.runs.answers import ANOTHER, is_another
+from fine_tune.runs.answers import ANOTHER, OF_ANSWERS, is_another
 
-OF_ANSWERS = ("test/exact_match", f"test/{ANOTHER}")
 MOST_ANSWERS, MOST_CHARACTERS = 16, 400
 Ends = tuple[float, float]
 

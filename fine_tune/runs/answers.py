@@ -3,6 +3,7 @@
 from typing import Any
 
 ANOTHER = "another_answer"
+OF_ANSWERS = ("test/exact_match", f"test/{ANOTHER}")
 
 
 def is_another(answers: list[dict[str, Any]]) -> list[bool]:

@@ -73,7 +73,7 @@ def test_a_deleted_parent_is_named_with_what_its_child_kept_of_it(
     shutil.rmtree(folder.parent)
     after = shown(command_line, chain)
     (changed,) = [line for line in after if line not in before]
-    assert changed.endswith(f" (deleted: {folder})")
+    assert changed.endswith(f" (gone: {folder})")
     assert len(after) == len(before)
 
 
@@ -94,6 +94,8 @@ def test_a_written_folder_hands_the_chain_on(
 ) -> None:
     target = tmp_path / "exported"
     assert command_line("export", chain.run("second").path, "--output", target).code == 0
+    shared = (target / "fine_tune_origin.json").read_text("utf-8")
+    assert rows_file.name in shared and str(tmp_path) not in shared  # no place of this machine
     third = command_line(
         *("fit", "--name", "third", "--model", "SFT", "--model.model_name_or_path", target),
         *("--data", "SFTData", "--data.path", rows_file, "--data.batch_size", 4),
