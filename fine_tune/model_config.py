@@ -241,6 +241,8 @@ def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
 
 def _is_read(key: str, config_class: type[PreTrainedConfig]) -> bool:
     """Whether a model's code asks for a field that its config class does not declare, like Qwen3Moe's ``head_dim``."""
+    if key.startswith("_"):
+        return False
     model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     if model_class is None:
         return False

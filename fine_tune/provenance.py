@@ -10,15 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fine_tune.modules.run_identity import (
-    IDENTITY_FILE,
-    Change,
-    differences,
-    identity_hash,
-    read_identity,
-    refuse_another_run,
-    write_identity,
-)
+from fine_tune.modules.run_identity import Change, differences, refuse_another_run
+from fine_tune.runs.identity import IDENTITY_FILE, identity_hash, read_identity, write_identity
 from fine_tune.runs.lineage import parent_of, read_tokenizer_origin
 from fine_tune.runs.places import Place
 from fine_tune.runs.run_folder import RunFolder

@@ -66,6 +66,8 @@ def make_qa(
             f"--tokenizer_vocab_size: {tokenizer_vocab_size} is too small; the 256 bytes and the "
             f"special tokens need {least}."
         )
+    if corpus_texts < 0:
+        raise UserError(f"--corpus_texts: must be at least 0, got {corpus_texts}")
     folder = Path(output)
     paths = [folder / f"{split}.jsonl" for split in SPLITS]
     corpus = [folder / CORPUS] * (corpus_texts > 0)

@@ -1,7 +1,6 @@
 """`train-tokenizer`: a tokenizer fitted to texts, measured on texts it did not see, beside another if one is named."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from fine_tune.corpus import tokenizers
 from fine_tune.data.documents import Unit, documents, text_files
 from fine_tune.errors import UserError
 from fine_tune.models import load_tokenizer
-from fine_tune.runs.lineage import TOKENIZER_ORIGIN
+from fine_tune.runs.lineage import write_tokenizer_origin
 
 MOST_MEASURED = 20_000_000  # bytes of held-out text; more would say the same
 BATCH = 256
@@ -104,8 +103,7 @@ def train_tokenizer(
             f"--vocab_size {found}, lower --min_frequency, or add texts"
         )
     tokenizers.save(tokenizer, folder, specials)
-    origin = {"kind": kind, "vocab_size": found, "files": [_identified(file) for file in files]}
-    (folder / TOKENIZER_ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", "utf-8")
+    write_tokenizer_origin(folder, files, kind=kind, vocab_size=found)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"{found:,} tokens ({kind}) from {read.num_trained:,} texts of {read.num_bytes / 1e6:,.1f} MB: {folder}"
@@ -115,11 +113,6 @@ def train_tokenizer(
         for line in _compared({str(folder): own, **({str(beside): other} if other else {})}, read):
             console.print(line)
     console.print(f"next: python -m fine_tune fit --config X --model.tokenizer {folder}")
-
-
-def _identified(file: Path) -> dict[str, str]:
-    with open(file, "rb") as handle:
-        return {"file": str(file), "content": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 class _Read:

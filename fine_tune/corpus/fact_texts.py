@@ -26,7 +26,9 @@ def fact_texts(relations: dict[str, dict[str, Any]], count: int) -> Iterator[str
     facts = {
         name: [f for f in relation_facts(name, told[name]) if f.is_trained] for name in sorted(told)
     }
-    _refuse_questions(told, facts)
+    if not any(facts.values()):
+        raise UserError("--corpus_texts: the relations with `statements` have no facts to tell")
+    _refuse_questions(relations, told, facts)
     written, version = 0, 0
     while True:
         for text in _texts(facts, version):
@@ -68,14 +70,24 @@ def _sentences(group: list[Fact], told: dict[str, dict[str, Any]], version: int)
         yield filled(statements[name], fact, name, answer=fact.answer)
 
 
-def _refuse_questions(told: dict[str, dict[str, Any]], facts: dict[str, list[Fact]]) -> None:
+def _refuse_questions(
+    relations: dict[str, dict[str, Any]], told: dict[str, Any], facts: dict[str, list[Fact]]
+) -> None:
+    """Refuse statements that hold a question, of their own fact or of any other about the same words."""
     for name, relation in told.items():
-        asked = {**relation["phrasings"], **relation.get("new_phrasings", {})}
         for fact in facts[name]:
-            questions = {key: filled(text, fact, key) for key, text in asked.items()}
+            asked = {
+                f"{other}:{key}": filled(text, fact, key)
+                for other, of_other in relations.items()
+                for key, text in {
+                    **of_other["phrasings"],
+                    **of_other.get("new_phrasings", {}),
+                }.items()
+                if ("{subject}" in text) == ("subject" in fact.slots)
+            }
             for key, text in relation["statements"].items():
                 statement = filled(text, fact, key, answer=fact.answer)
-                found = next((q for q, words in questions.items() if words in statement), None)
+                found = next((q for q, words in asked.items() if words in statement), None)
                 if found is not None:
                     raise UserError(
                         f"relation {name}: the statement {key} ({statement!r}) holds the question {found}, which may "

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import itertools
 import operator
 from collections.abc import Iterator
@@ -68,6 +69,9 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
         for key in TABLES
         if not isinstance(relation, dict) or not isinstance(relation.get(key, {}), dict)
     ]
+    problems += [
+        f"{file}: relation {name}: no colon in a name" for name in relations if ":" in str(name)
+    ]
     if problems:
         raise UserError(*problems)
     for name, relation in relations.items():
@@ -82,18 +86,28 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 def _facts_of(file: Path, name: str, table: Any) -> dict[str, str]:
     """Make facts of the rows of a CSV file that lies beside the file of relations."""
     where = f"{file}: relation {name}: table"
-    if not isinstance(table, dict) or table.keys() != {"path", "subject", "answer"}:
+    keys = {"path", "subject", "answer"}
+    if (
+        not isinstance(table, dict)
+        or table.keys() != keys
+        or not all(isinstance(v, str) for v in table.values())
+    ):
         raise UserError(
             f"{where} needs `path`, `subject` and `answer`, the two made of {{columns}}."
         )
     try:
-        text = (file.parent / str(table["path"])).read_text(encoding="utf-8")
-        rows = list(csv.DictReader(text.splitlines()))
+        text = (file.parent / table["path"]).read_text(encoding="utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        broken = [i for i, row in enumerate(rows, 1) if None in row or None in row.values()]
+        if broken:
+            raise UserError(
+                f"{where}: {table['path']}: row {broken[0]} has not the columns of the head"
+            )
         facts = {
             table["subject"].format(**row).strip(): table["answer"].format(**row).strip()
             for row in rows
         }
-    except (OSError, UnicodeDecodeError, KeyError, IndexError, ValueError) as error:
+    except (OSError, ValueError, csv.Error, LookupError, AttributeError) as error:
         raise UserError(f"{where}: {table['path']}: {type(error).__name__} {error}") from error
     if len(facts) < len(rows):
         raise UserError(f"{where}: {table['path']}: two rows have the same subject")

@@ -18,7 +18,6 @@ from fine_tune.errors import UserError
 from fine_tune.model_config import adapter_base, holds_commit, resolve_source
 from fine_tune.modules.optimization import build_optimizer
 
-IDENTITY_FILE = "run_identity.json"  # in every checkpoint folder
 STEPS, FILES, ROWS = "data.epochs, trainer.max_steps", "data.files", "data.training_rows"
 # What may change: where things lie, what fits the device, what is only looked at. Anything else, the settings of
 # modules and data to come included, is part of the run. What is named by content or taken as resolved stands here too.
@@ -151,23 +150,6 @@ def is_weights(content: str, name: str | None, revision: str | None) -> bool:
         return holds_commit(Path(source), content.rpartition("@")[2])
     cached = try_to_load_from_cache(source, "config.json", revision=commit)
     return isinstance(cached, str) and weights_content(str(Path(cached).parent), None) == content
-
-
-def read_identity(checkpoint: Path) -> dict[str, Any] | None:
-    """Return what a checkpoint's run was, or None if it keeps no record of it."""
-    file = checkpoint / IDENTITY_FILE
-    return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else None
-
-
-def write_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Keep what the run is in a checkpoint's folder."""
-    text = json.dumps(identity, indent=1, ensure_ascii=False)
-    (checkpoint / IDENTITY_FILE).write_text(text, "utf-8")
-
-
-def identity_hash(identity: dict[str, Any]) -> str:
-    """Name a run's identity in 16 characters."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:

@@ -71,14 +71,15 @@ class SFT(StepModule):
         # a mean over the micro-batch, weighed by its part of the step: transformers' own where it is all of it
         balance = self.routers.balance_loss(real_tokens(self, micro_batch))
         balance = balance * self.loss_count(micro_batch)
-        return nll + self.routers.coefficient * balance, balance.detach()
+        pushed = self.routers.coefficient * balance if self.routers.coefficient else 0.0
+        return nll + pushed, balance.detach()
 
     def take_rows(self, batch: SFTBatch, rows: slice) -> SFTBatch:
         return take_rows(batch, rows)
 
     def interval_metrics(self) -> dict[str, Tensor]:
         routers = self.routers
-        figures = {} if routers is None else routers.figures(self.trainer.world_size)
+        figures = {} if routers is None else routers.figures(self.device, self.trainer.world_size)
         return {f"experts/{name}": value for name, value in figures.items()}
 
     def on_validation_epoch_start(self) -> None:
@@ -88,5 +89,3 @@ class SFT(StepModule):
 
     def evaluate(self, micro_batch: SFTBatch) -> None:
         measure(self, micro_batch)
-        if self.routers is not None:
-            self.routers.balance_loss(real_tokens(self, micro_batch))

@@ -47,6 +47,8 @@ def measure(module: "SFT", batch: SFTBatch) -> None:
     """Add a micro-batch of an evaluation split to the module's metrics."""
     logits_NV, targets_N = _supervised_logits(module, batch)
     correct_N = logits_NV.argmax(-1) == targets_N
+    if module.routers is not None:
+        module.routers.count(real_tokens(module, batch))
     module.metrics.update(nll_per_token(logits_NV, targets_N), correct_N, batch["num_supervised"])
 
 

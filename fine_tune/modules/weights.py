@@ -14,7 +14,8 @@ from fine_tune.errors import UserError
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.precision import precision_dtype, weights_dtype
 from fine_tune.modules.recomputing import recompute
-from fine_tune.modules.run_identity import is_weights, read_identity
+from fine_tune.modules.run_identity import is_weights
+from fine_tune.runs.identity import read_identity
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule

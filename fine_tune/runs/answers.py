@@ -8,13 +8,17 @@ OF_ANSWERS = ("test/exact_match", f"test/{ANOTHER}")
 
 def is_another(answers: list[dict[str, Any]]) -> list[bool]:
     """Say of each answer whether it is wrong and what another row expects: a fact, but not the one asked for."""
-    expected = {answer["expected"] for answer in answers}
-    return [not a.get("exact_match") and a.get("answer") in expected for a in answers]
+    expected = _expected(answers)
+    return [not a.get("exact_match") and str(a.get("answer")) in expected for a in answers]
 
 
 def shares_of(answers: list[dict[str, Any]]) -> dict[str, float]:
     """Return the shares of exact matches and, where rows have answers in common, of other rows' answers."""
     shares = {"exact_match": sum(bool(a.get("exact_match")) for a in answers) / len(answers)}
-    if len({answer["expected"] for answer in answers}) < len(answers):
+    if len(_expected(answers)) < len(answers):
         shares[ANOTHER] = sum(is_another(answers)) / len(answers)
     return shares
+
+
+def _expected(answers: list[dict[str, Any]]) -> set[str]:
+    return {str(answer["expected"]) for answer in answers if "expected" in answer}

@@ -3,6 +3,7 @@
 A run keeps a copy of what its parents were: the chain stands though one of them is deleted.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from typing import Any
 
 from fine_tune.errors import UserError
 from fine_tune.runs.checkpoint import MANIFEST
+from fine_tune.runs.identity import IDENTITY_FILE, identity_hash
 from fine_tune.runs.run_folder import RECORD, RunFolder
 
 # In a folder written by export or merge: the run it comes from. Beside a tokenizer: what it was trained on.
 ORIGIN_FILE, TOKENIZER_ORIGIN = "fine_tune_origin.json", "tokenizer_origin.json"
+TOKENIZER = "tokenizer.json"
 SHOWN_HASH, MOST_FILES = 12, 8
 
 
@@ -27,7 +30,7 @@ class Ancestor:
         run: Its folder.
         gave: What its child took of it: ``weights`` or ``training state``; empty for the run that was asked for.
         checkpoint: The one that was taken.
-        state: ``there``; ``checkpoint gone``; ``gone``; ``damaged``; ``changed since``: its settings are others now.
+        state: ``there``; ``checkpoint gone``; ``gone``; ``damaged``; ``another run``, with other settings.
         origin: What it was: see ``origin_of``.
         parents: Whom it took its weights from.
     """
@@ -46,12 +49,17 @@ class Ancestor:
             yield from parent.chain(depth + 1)
 
 
-def origin_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what is kept of a run by its children: what was trained on what, and its own parents."""
-    identity = record.get("identity")
-    identity = identity if isinstance(identity, dict) else {}
+def origin_of(record: dict[str, Any], identity: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what is kept of a run by its children: what was trained on what, and its own parents.
+
+    Args:
+        record: Its ``run.json``.
+        identity: What it was at a checkpoint; None: what its record says.
+    """
+    found = record.get("identity") if identity is None else identity
+    identity = found if isinstance(found, dict) else {}
     return {
-        "identity_hash": record.get("identity_hash"),
+        "identity_hash": identity_hash(identity) if identity else None,
         "task": str(identity.get("model", "")).rpartition(".")[2],
         "weights": identity.get("model.weights"),
         "files": identity.get("data.files") or [],
@@ -80,16 +88,18 @@ def parent_of(gave: str, path: Path) -> dict[str, Any] | None:
         None of a folder that no run is known of.
     """
     place = path.resolve()
-    if (place / ORIGIN_FILE).is_file():
-        known = json.loads((place / ORIGIN_FILE).read_text("utf-8"))
-        return {**known, "gave": gave, "run": str((place / known["run"]).resolve())}
+    written = _read_json(place / ORIGIN_FILE)
+    if written is not None and "run" in written:
+        run = (place / str(written["run"])).resolve()
+        known = run if (run / RECORD).is_file() else written["run"]  # by name alone, from elsewhere
+        return {**written, "gave": gave, "run": str(known)}
     if (place / RECORD).is_file():  # a run's folder stands for its best checkpoint
         place = RunFolder(place).checkpoint("best") or place
     folder = next((p for p in (place, *place.parents) if (p / MANIFEST).is_file()), None)
     if folder is None:
         return None
     run = folder.parent.parent
-    origin = _origin_now(run) or origin_of({})
+    origin = origin_of(_record(run), _read_json(folder / IDENTITY_FILE))
     return {
         "gave": gave,
         "run": str(run),
@@ -100,25 +110,25 @@ def parent_of(gave: str, path: Path) -> dict[str, Any] | None:
 
 
 def to_share(parent: dict[str, Any], target: Path) -> dict[str, Any]:
-    """Return what ``parent_of`` says without the places of this machine: the run's from the target, names of files."""
-    run = os.path.relpath(parent["run"], target.resolve())
-    return {**parent, "run": run, "origin": _without_places(parent["origin"])}
+    """Return what ``parent_of`` says for a folder that others may get: names of runs and files, and not their places.
+
+    Where the folder lies beside ``lightning_logs`` or in it, the way from it to the run is kept: it names nothing else.
+    """
+    run, folder = Path(parent["run"]), target.resolve()
+    inside = folder.is_relative_to(run.parents[2])
+    place = os.path.relpath(run, folder) if inside else "/".join(run.parts[-2:])
+    return {**parent, "run": place, "origin": _without_places(parent["origin"])}
 
 
 def _without_places(origin: dict[str, Any]) -> dict[str, Any]:
-    def names(files: Any) -> list[Any]:
-        return [{**file, "file": Path(str(file.get("file"))).name} for file in files or []]
-
-    trained = origin.get("tokenizer_origin")
-    parents = [
-        {**p, "run": "/".join(Path(p["run"]).parts[-2:]), "origin": _without_places(p["origin"])}
-        for p in origin["parents"]
-        if "origin" in p
-    ]
-    shared = {**origin, "files": names(origin["files"]), "parents": parents}
-    if trained:
-        shared["tokenizer_origin"] = {**trained, "files": names(trained.get("files"))}
-    return shared
+    parents = []
+    for parent in _dicts(origin.get("parents")):
+        name = "/".join(Path(str(parent.get("run"))).parts[-2:])
+        of_parent = parent.get("origin")
+        known = {"origin": _without_places(of_parent)} if isinstance(of_parent, dict) else {}
+        parents.append({**parent, "run": name, **known})
+    files = [{**file, "file": Path(str(file.get("file"))).name} for file in _dicts(origin["files"])]
+    return {**origin, "files": files, "parents": parents}
 
 
 def lines_of(ancestor: Ancestor) -> list[str]:
@@ -143,9 +153,36 @@ def lines_of(ancestor: Ancestor) -> list[str]:
 
 
 def read_tokenizer_origin(folder: str | None) -> dict[str, Any] | None:
-    """Return what a tokenizer's folder says it was trained on."""
-    file = Path(folder or "") / TOKENIZER_ORIGIN
-    return dict(json.loads(file.read_text("utf-8"))) if folder and file.is_file() else None
+    """Return what a tokenizer's folder says it was trained on, unless another tokenizer lies there by now."""
+    if folder is None or not (Path(folder) / TOKENIZER).is_file():
+        return None
+    origin = _read_json(Path(folder) / TOKENIZER_ORIGIN)
+    return (
+        origin if origin and origin.get("content") == file_hash(Path(folder) / TOKENIZER) else None
+    )
+
+
+def write_tokenizer_origin(folder: Path, files: list[Path], **facts: Any) -> None:
+    """Write beside a tokenizer what it was trained on: names of files and their SHA-256."""
+    told = [{"file": file.name, "content": file_hash(file)} for file in files]
+    origin = {**facts, "content": file_hash(folder / TOKENIZER), "files": told}
+    text = json.dumps(origin, indent=1, ensure_ascii=False) + "\n"
+    (folder / TOKENIZER_ORIGIN).write_text(text, "utf-8")
+
+
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """Return the mapping of a file; None where there is none: where a run comes from stops no run."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _parents(origin: dict[str, Any], seen: set[str]) -> list[Ancestor]:
@@ -161,21 +198,23 @@ def _dicts(values: Any) -> list[dict[str, Any]]:
 def _parent(known: dict[str, Any], seen: set[str]) -> Ancestor:
     run, checkpoint = Path(str(known.get("run"))), str(known.get("checkpoint"))
     origin = known["origin"] if isinstance(known.get("origin"), dict) else {}
-    now, state = _origin_now(run), "damaged" if (run / RECORD).is_file() else "gone"
-    if now is not None:
-        is_same = now["identity_hash"] == known.get("identity_hash")
-        is_there = (run / "checkpoints" / checkpoint).is_dir()
-        state = "changed since" if not is_same else "there" if is_there else "checkpoint gone"
-        origin = now if is_same or not origin else origin
+    folder, state = run / "checkpoints" / checkpoint, "gone"
+    if (run / RECORD).is_file():
+        record, then = _record(run), _read_json(folder / IDENTITY_FILE)
+        now = origin_of(record, then) if record else None
+        is_same = now is not None and now["identity_hash"] == known.get("identity_hash")
+        state = "there" if folder.is_dir() else "checkpoint gone"
+        state = "damaged" if now is None else state if is_same or then is None else "another run"
+        origin = now if now is not None and (is_same or not origin) else origin
     parents = _parents(origin, seen | {str(run)})
     return Ancestor(str(run), str(known.get("gave")), checkpoint, state, origin, parents)
 
 
-def _origin_now(run: Path) -> dict[str, Any] | None:
+def _record(run: Path) -> dict[str, Any]:
     try:
-        return origin_of(RunFolder(run).read()) if (run / RECORD).is_file() else None
-    except UserError:  # its record is damaged; its child is not to blame
-        return None
+        return RunFolder(run).read()
+    except UserError:  # damaged; its child is not to blame
+        return {}
 
 
 def _file(file: dict[str, Any]) -> str:

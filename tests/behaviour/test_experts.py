@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from fine_tune.modules.routers import Routers, routers_of
 
+CPU = torch.device("cpu")
 EXPERTS: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "hidden_size": 32,
@@ -96,11 +97,11 @@ def test_the_router_learns_from_the_language_loss() -> None:
 
 
 def test_the_balance_loss_is_one_where_experts_are_chosen_evenly_and_leaves_padding_out() -> None:
-    routers = Routers(AutoModelForCausalLM.from_config(small()))
+    routers = Routers(AutoModelForCausalLM.from_config(small()), 0.1)
     even = torch.eye(8).repeat(4, 1) * 20  # [32, 8]: each expert four times, and sure of it
     routers._given = (even, even)
     assert float(routers.balance_loss(None)) == pytest.approx(1.0, abs=1e-4)
-    assert {name: float(value) for name, value in routers.figures(1).items()} == pytest.approx(
+    assert {name: float(value) for name, value in routers.figures(CPU, 1).items()} == pytest.approx(
         {"load": 1.0, "load_00": 1.0, "load_01": 1.0, "entropy_00": 0.0, "entropy_01": 0.0},
         abs=1e-4,
     )
@@ -110,37 +111,55 @@ def test_the_balance_loss_is_one_where_experts_are_chosen_evenly_and_leaves_padd
     routers._given = (torch.cat([even, one]), torch.cat([even, one]))
     real = torch.cat([torch.ones(32), torch.zeros(32)])
     assert float(routers.balance_loss(real)) == pytest.approx(1.0, abs=1e-4)
-    assert float(routers.figures(1)["load_00"]) == pytest.approx(1.0)
+    assert float(routers.figures(CPU, 1)["load_00"]) == pytest.approx(1.0)
     routers._given = (one, one)
     assert float(routers.balance_loss(None)) == pytest.approx(8.0, abs=1e-3)
-    assert float(routers.figures(1)["load_00"]) == pytest.approx(8 * 36 / 64)
+    assert float(routers.figures(CPU, 1)["load_00"]) == pytest.approx(8 * 36 / 64)
 
 
 def test_frozen_routers_are_watched_and_not_pushed(
     command_line: CommandLine, texts: Path, tmp_path: Path
 ) -> None:
-    fields = {k: v for k, v in EXPERTS.items() if k != "model_type"}
-    save_small_model(tmp_path / "base", "qwen3_moe", **fields)
-    outcome = command_line(
-        *(
-            "fit",
-            "--name",
-            "lora",
-            "--model",
-            "SFT",
-            "--model.model_name_or_path",
-            tmp_path / "base",
-        ),
-        *("--model.lora", "auto", "--data", "SFTData", "--data.path", texts_as_rows(texts)),
-        *("--data.batch_size", 4, "--trainer.max_steps", 2, "--trainer.log_every_n_steps", 1),
-        *("--generations.rows", 0),
-    )
-    assert outcome.code == 0, outcome.err
-    row = outcome.metrics("lora")[-1]
-    assert float(row["train_experts/load_00"]) >= 1
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    watched = routers_of(model.requires_grad_(False))
+    rows, losses = texts_as_rows(texts), {}
+    for coefficient in (0.5, 0.0):
+        fields = {k: v for k, v in EXPERTS.items() if k != "model_type"}
+        base, name = tmp_path / f"base_{coefficient}", f"lora_{coefficient}"
+        save_small_model(base, "qwen3_moe", **fields | {"router_aux_loss_coef": coefficient})
+        outcome = command_line(
+            *("fit", "--name", name, "--model", "SFT", "--model.model_name_or_path", base),
+            *("--model.lora", "auto", "--data", "SFTData", "--data.path", rows),
+            *("--data.batch_size", 4, "--trainer.max_steps", 3, "--trainer.log_every_n_steps", 1),
+            *("--generations.rows", 0),
+        )
+        assert outcome.code == 0, outcome.err
+        losses[coefficient] = [row["train/loss"] for row in outcome.metrics(name)]
+        assert float(outcome.metrics(name)[-1]["train_experts/load_00"]) >= 1
+    assert losses[0.5] == losses[0.0]
+
+
+def test_what_gives_no_scores_is_left_alone() -> None:
+    no_layer = small(mlp_only_layers=[0, 1])
+    assert routers_of(AutoModelForCausalLM.from_config(no_layer)) is None
+    unset = AutoModelForCausalLM.from_config(small())
+    vars(unset.config)["router_aux_loss_coef"] = None  # as other families allow
+    watched = routers_of(unset)
     assert watched is not None and watched.coefficient == 0.0
+    assert watched.figures(CPU, 1).keys() >= {
+        "load",
+        "load_00",
+        "entropy_01",
+    }  # of a rank without rows
+
+
+def test_recomputing_changes_no_loss(command_line: CommandLine, texts: Path) -> None:
+    flags = ["--trainer.max_steps", 3, "--model.gradient_checkpointing"]
+    runs = {
+        kind: pretrain(command_line, texts, kind, *flags, kind).metrics(kind)
+        for kind in ("false", "true", "selective")
+    }
+    plain = [(row["train/loss"], row["train/balance_loss"]) for row in runs.pop("false")]
+    for of_kind in runs.values():
+        assert [(row["train/loss"], row["train/balance_loss"]) for row in of_kind] == plain
 
 
 def test_a_dense_model_has_no_routers() -> None:

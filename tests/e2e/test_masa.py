@@ -72,14 +72,15 @@ def test_the_stages_find_one_another(folder: Path) -> None:
     lines = run(folder, "lineage", "masa_dpo").splitlines()
     runs = [line.strip().split(":")[0] for line in lines if "/version_0: " in line]
     assert runs == [f"masa_{stage}/version_0" for stage in ("dpo", "sft", "pretrain")]
-    assert any("bpe of 2,000 from masa_data/corpus.txt SHA-256" in line for line in lines)
+    assert any("bpe of 2000 from corpus.txt SHA-256" in line for line in lines)
     larger = [
         "--config",
         "configs/masa/pretrain.yaml",
         "--config",
         "configs/masa/150m/pretrain.yaml",
     ]
-    planned = run(folder, "plan", *larger, "--gpu_memory_gib", 24, *brief[:4])
+    here = ["--data.path", "masa_data/corpus.txt", "--model.tokenizer", "masa_data/tokenizer"]
+    planned = run(folder, "plan", *larger, *here, "--gpu_memory_gib", 24, *brief[:4])
     assert "fits in 24 GiB" in planned
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import REPOSITORY, CommandLine
+from small_models import save_small_model
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
 
@@ -64,3 +65,17 @@ def test_a_rank_that_comes_late_to_the_rehearsal_hangs_nobody(
     late = ["--trainer.callbacks+=slow_rank.SlowRank", "--trainer.callbacks.seconds", "3"]
     out = two_ranks(tmp_path, *fit_args, *late, "--trainer.max_steps", "1")
     assert "finished: step 1 of 1" in out
+
+
+def test_a_rank_without_validation_rows_hangs_no_mixture_of_experts(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    save_small_model(tmp_path / "moe", "qwen3_moe", head_dim=8, norm_topk_prob=False, **experts)
+    one = ["--data.max_rows", '{"validation": 1}', "--trainer.max_steps", "2"]
+    model = ["--model.model_name_or_path", str(tmp_path / "moe")]
+    two_ranks(tmp_path, *fit_args, *model, *one)
+    outcome = command_line("analyze", *fit_args, "--trainer.default_root_dir", str(tmp_path))
+    last = outcome.metrics()[-1]
+    assert float(last["val_experts/load_00"]) >= 1
+    assert float(last["train_experts/load_00"]) >= 1

@@ -41,11 +41,12 @@ def test_a_later_file_adds_to_a_relation_and_replaces_its_entries(tmp_path: Path
 
 
 def test_facts_come_from_a_table_beside_the_file(tmp_path: Path) -> None:
-    (tmp_path / "laws.csv").write_text("number,year,subject\n1,1974,Perkawinan\n40,1999,Pers\n")
+    text = '\ufeffnumber,year,subject\r\n1,1974,"Perkawinan\nSipil"\r\n40,1999,Pers\r\n'  # as Excel writes it
+    (tmp_path / "laws.csv").write_bytes(text.encode("utf-8"))
     table = {"path": "laws.csv", "subject": "{number}/{year}", "answer": "{subject}"}
     relation = {"phrasings": {"a": "{subject}?"}, "table": table}
     relations = read_relations([write(tmp_path / "a.yaml", law=relation)])
-    assert relations["law"]["facts"] == {"1/1974": "Perkawinan", "40/1999": "Pers"}
+    assert relations["law"]["facts"] == {"1/1974": "Perkawinan\nSipil", "40/1999": "Pers"}
 
 
 @pytest.mark.parametrize(
@@ -55,12 +56,16 @@ def test_facts_come_from_a_table_beside_the_file(tmp_path: Path) -> None:
         ({"path": "none.csv", "subject": "{a}", "answer": "{a}"}, "none.csv"),
         ({"path": "laws.csv", "subject": "{nothing}", "answer": "{a}"}, "nothing"),
         ({"path": "laws.csv", "subject": "{b}", "answer": "{a}"}, "two rows have the same subject"),
+        ({"path": "laws.csv", "subject": "{a.x}", "answer": "{a}"}, "AttributeError"),
+        ({"path": "laws.csv", "subject": 3, "answer": "{a}"}, "needs `path`, `subject` and"),
+        ({"path": "short.csv", "subject": "{a}", "answer": "{b}"}, "row 2 has not the columns"),
     ],
 )
 def test_a_table_that_gives_no_facts_is_refused(
     tmp_path: Path, table: dict[str, str], told: str
 ) -> None:
     (tmp_path / "laws.csv").write_text("a,b\n1,x\n2,x\n")
+    (tmp_path / "short.csv").write_text("a,b\n1,x\n2\n")
     file = write(tmp_path / "a.yaml", law={"phrasings": {"a": "{subject}?"}, "table": table})
     with pytest.raises(UserError, match=told):
         read_relations([file])
@@ -99,7 +104,7 @@ def test_a_statement_that_holds_a_question_is_refused(tmp_path: Path) -> None:
         "facts": {"Nepal": "Kathmandu"},
         "statements": {"s": "Ibu kota {subject} adalah {answer}."},
     }
-    with pytest.raises(UserError, match="the statement s .* holds the question a"):
+    with pytest.raises(UserError, match="the statement s .* holds the question capital:a"):
         list(fact_texts(read_relations([write(tmp_path / "a.yaml", capital=relation)]), 1))
     del relation["statements"]
     with pytest.raises(UserError, match="no relation has `statements`"):
@@ -111,6 +116,27 @@ def test_a_statement_that_holds_a_question_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+def test_texts_without_a_fact_to_tell_are_refused(tmp_path: Path) -> None:
+    sums = {"phrasings": {"a": "{a}+{b}"}, "operator": "+", "max_operand": -1}
+    sums["statements"] = {"s": "{a} und {b}: {answer}"}
+    with pytest.raises(UserError, match="have no facts to tell"):
+        list(fact_texts(read_relations([write(tmp_path / "a.yaml", sums=sums)]), 3))
+    with pytest.raises(UserError, match="corpus_texts: must be at least 0"):
+        make_qa(str(tmp_path / "o"), corpus_texts=-1)
+    named = write(tmp_path / "b.yaml", **{"s:t": sums})
+    with pytest.raises(UserError, match="no colon in a name"):
+        read_relations([named])
+
+
+def test_a_statement_that_holds_a_question_of_another_relation_is_refused(tmp_path: Path) -> None:
+    told = {"phrasings": {"a": "Q {subject}"}, "facts": {"x": "y"}}
+    told["statements"] = {"s": "Tell {subject} {answer}"}
+    asked = {"phrasings": {"b": "Tell {subject}"}, "facts": {"x": "z"}}
+    relations = read_relations([write(tmp_path / "a.yaml", q=told, r=asked)])
+    with pytest.raises(UserError, match="holds the question r:b"):
+        list(fact_texts(relations, 1))
+
+
 def test_a_wrong_answer_that_another_row_expects_is_told_apart() -> None:
     answers = [
         {"expected": "Jakarta", "answer": "Jakarta", "exact_match": True},
@@ -120,4 +146,11 @@ def test_a_wrong_answer_that_another_row_expects_is_told_apart() -> None:
     ]
     assert is_another(answers) == [False, True, False, False]
     assert shares_of(answers) == {"exact_match": 0.5, "another_answer": 0.25}
+    assert is_another([{"stage": "test"}, *answers]) == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]  # damaged
     assert shares_of(answers[:3]) == {"exact_match": pytest.approx(1 / 3)}  # nothing in common
