@@ -9,9 +9,9 @@ from fine_tune.commands.model_folder import ModelFolder, finish, start_folder
 from fine_tune.errors import UserError
 from fine_tune.model_config import adapter_base, resolve_source
 from fine_tune.printable import printable
-from fine_tune.runs.checkpoint import MANIFEST, TRAINING_STATE, read_manifest
+from fine_tune.runs.checkpoint import TRAINING_STATE, read_manifest
 from fine_tune.runs.find import find_run
-from fine_tune.runs.identity import IDENTITY_FILE
+from fine_tune.runs.identity import IDENTITY_FILE, MANIFEST
 from fine_tune.trained_model import TrainedModel, trained_model
 
 log = logging.getLogger("fine_tune")

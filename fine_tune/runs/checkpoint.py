@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fine_tune.errors import DamagedCheckpoint, UserError
 from fine_tune.runs.disk import room_for
+from fine_tune.runs.identity import MANIFEST
 
 TRAINING_STATE = "training_state.pt"
-MANIFEST = "manifest.json"
 OWN_SUM = "manifest_sha256"  # of the manifest's text with this value left empty
 HASHES: dict[str, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
 BLOCK = 1 << 20

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-IDENTITY_FILE = "run_identity.json"  # in every checkpoint folder
+# In every checkpoint folder: the names and hashes of its files, and what the run is.
+MANIFEST, IDENTITY_FILE = "manifest.json", "run_identity.json"
 
 
 def read_identity(checkpoint: Path) -> dict[str, Any] | None:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tune.errors import UserError
-from fine_tune.runs.checkpoint import MANIFEST
-from fine_tune.runs.identity import IDENTITY_FILE, identity_hash
+from fine_tune.runs.identity import IDENTITY_FILE, MANIFEST, identity_hash
 from fine_tune.runs.run_folder import RECORD, RunFolder
 
 # In a folder written by export or merge: the run it comes from. Beside a tokenizer: what it was trained on.
