@@ -95,7 +95,7 @@ def write_rows(
             num_answers = [answer.draw(draw) for _ in answers]
             for name, num in zip(answers, num_answers, strict=True):
                 row[name] = " " + " ".join(draw.choices(words, k=num))
-            row["length"] = num_prompt + max(num_answers, default=0) + 1  # the peer groups by it
+            row["length"] = num_prompt + max(num_answers, default=1) + 1  # the peer groups by it
             handle.write(json.dumps(row) + "\n")
             counts["prompt"].append(num_prompt)
             counts["answer"] += [num + 1 for num in num_answers]  # the stop token

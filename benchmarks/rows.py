@@ -88,7 +88,7 @@ ROWS = {
     "C8": Row(
         "Pretrain",
         llama(6, 384, 32_000),
-        prompt=Length(511, 0, 1, 1024),
+        prompt=Length(510, 0, 1, 1024),
         answer=Length(1, 0, 1, 1),
         batch_size=4,
         steps=13,
@@ -120,7 +120,7 @@ ROWS = {
     "G3": Row(
         "Pretrain",
         GPT_2,
-        prompt=Length(1023, 0, 1, 1024),
+        prompt=Length(1022, 0, 1, 1024),
         answer=Length(1, 0, 1, 1),
         batch_size=512,
         steps=13,

@@ -101,7 +101,7 @@ def tokenized(file: Path, tokenizer: Any, cache: str) -> Any:
         if "completion" in rows:
             answers = tokenizer(rows["completion"], add_special_tokens=False)["input_ids"]
         else:
-            prompts, answers = [ids[:1] for ids in prompts], [ids[1:] for ids in prompts]
+            prompts, answers = [[tokenizer.eos_token_id] for _ in prompts], prompts
         answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
         pairs = list(zip(prompts, answers, strict=True))
         return {

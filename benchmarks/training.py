@@ -65,8 +65,8 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens of a row of texts, the stop token included."""
-        return self.prompt.mean + 1
+        """Tokens of a row of texts: the text between two stop tokens."""
+        return self.prompt.mean + 2
 
 
 @dataclass(frozen=True)
