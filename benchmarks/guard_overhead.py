@@ -1,7 +1,7 @@
 """CPU seconds inside guards, provenance and snapshots, as a share of 200 training steps (must: at most 2 %).
 
 The model of C1: 8 layers, width 256, 32,000 tokens, full fine-tuning, 16 rows a step, about 40 % supervised.
-    python benchmarks/guard_overhead.py [--steps 200]
+    python -m benchmarks.guard_overhead [--steps 200]
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.inputs import WORDS
 from fine_tune.cli import main
 from fine_tune.quiet import quiet_libraries
 
@@ -50,25 +51,11 @@ def timed(seconds: dict[str, float], cls: type, names: list[str]) -> None:
 def write_rows(file: Path, count: int) -> None:
     """Write rows whose answers are about two fifths of their tokens."""
     draw = random.Random(0)
-    words = [
-        "ibu",
-        "kota",
-        "negara",
-        "provinsi",
-        "benua",
-        "mata",
-        "uang",
-        "tahun",
-        "merdeka",
-        "terletak",
-        "adalah",
-        "di",
-    ]
     with open(file, "w") as handle:
         for _ in range(count):
             length = draw.randint(20, 120)
             question, answer = (
-                draw.choices(words, k=k) for k in (length * 3 // 5, length * 2 // 5)
+                draw.choices(WORDS, k=k) for k in (length * 3 // 5, length * 2 // 5)
             )
             handle.write(
                 json.dumps({"question": " ".join(question), "answer": " ".join(answer)}) + "\n"

@@ -13,6 +13,20 @@ from benchmarks.harness import REPOSITORY
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 SEED = 42
+WORDS = [
+    "ibu",
+    "kota",
+    "negara",
+    "provinsi",
+    "benua",
+    "mata",
+    "uang",
+    "tahun",
+    "merdeka",
+    "terletak",
+    "adalah",
+    "di",
+]
 
 
 def llama(layers: int, width: int, vocabulary: int) -> dict[str, Any]:

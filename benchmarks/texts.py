@@ -10,23 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Bench, Measured, empty_folder
-from benchmarks.inputs import SEED
+from benchmarks.inputs import SEED, WORDS
 
 STEPS, RESUMED_AT = 12, (3, 10)
-WORDS = [
-    "ibu",
-    "kota",
-    "negara",
-    "provinsi",
-    "benua",
-    "mata",
-    "uang",
-    "tahun",
-    "adalah",
-    "di",
-    "laut",
-    "pulau",
-]
 
 
 def write_texts(file: Path, count: int) -> None:
