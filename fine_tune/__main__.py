@@ -1,8 +1,10 @@
 """``python -m fine_tune VERB``: a table of verbs; the standard library only until one is chosen."""
 
 import difflib
+import gc
 import importlib
 import sys
+from types import ModuleType
 
 from fine_tune.quiet import quiet_libraries
 
@@ -86,6 +88,18 @@ def usage() -> str:
     )
 
 
+def _imported(name: str) -> ModuleType:
+    """Import a module, and spare collections of garbage the half million objects that imports leave for good."""
+    if name in sys.modules:
+        return sys.modules[name]
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def main(args: list[str] | None = None) -> int:
     """Run one verb; return the exit code (2: the user can fix it)."""
     args = sys.argv[1:] if args is None else args
@@ -104,12 +118,13 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: unknown verb '{verb}'{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     quiet_libraries()
-    module, function = VERBS[verb][0].split(":")
+    name, function = VERBS[verb][0].split(":")
+    module = _imported(name)
     if function == "main":  # parses for itself
-        return int(importlib.import_module(module).main(args))
+        return int(module.main(args))
     from fine_tune.commands.run_function import run_function
 
-    return run_function(verb, getattr(importlib.import_module(module), function), args[1:])
+    return run_function(verb, getattr(module, function), args[1:])
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ def attending_by(model: Any, attention: str | None) -> Iterator[None]:
 def attention_without_masks(model: Any, computes_in: torch.dtype) -> Iterator[str]:
     """Give the attentions that could take a model's rows without any mask, the best first: ``varlen``, ``causal``.
 
+    None on a CPU: nobody waits there for the answer whether rows are packed, and trying one takes longer than that.
+
     Args:
         model: A causal language model.
         computes_in: The type it computes in; torch's kernel for packed rows takes 16 bit, on a GPU.
@@ -136,7 +138,7 @@ def attention_without_masks(model: Any, computes_in: torch.dtype) -> Iterator[st
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = layers != {"full_attention"} or getattr(config, "sliding_window", None) is not None
-    if config._attn_implementation != "sdpa" or windows:
+    if config._attn_implementation != "sdpa" or windows or model.device.type == "cpu":
         return
     if model.device.type == "cuda" and computes_in != torch.float32 and _has_varlen():
         yield VARLEN

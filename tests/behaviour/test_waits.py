@@ -50,7 +50,7 @@ def test_a_step_waits_once(
 ) -> None:
     from fine_tune import modules
     from fine_tune.modules import base, gradients, token_rows
-    from fine_tune.modules.packing import VARLEN
+    from fine_tune.modules.packing import CAUSAL, VARLEN
 
     taken: list[tuple[Counter[str], int]] = []
     original, micro_batches = gradients.gradients, []
@@ -77,6 +77,8 @@ def test_a_step_waits_once(
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, *_, **__: q)
         monkeypatch.setattr(token_rows, "attention_without_masks", lambda *_: iter([VARLEN]))
         monkeypatch.setattr(token_rows, "same_logits", lambda *_, **__: True)
+    if kind == "sft":  # as on a GPU
+        monkeypatch.setattr(token_rows, "attention_without_masks", lambda *_: iter([CAUSAL]))
     outcome = command_line(
         *("fit", *args),
         *("--data.max_tokens_per_micro_batch", budget, "--trainer.max_steps", 2),
