@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -240,6 +241,7 @@ def _run_leg(root: Path, function: str, given: dict[str, Any]) -> None:
     for module in imports.read_text().split() if imports.exists() else []:
         with contextlib.suppress(ImportError):  # made at run time, not by an import
             importlib.import_module(module)
+    gc.freeze()  # as our command does after its imports; the peer gets it, too
     module_name, name = function.split(":")
     measured = getattr(importlib.import_module(module_name), name)(**given)
     if not imports.exists():
