@@ -123,7 +123,7 @@ class Bench:
     def leg(self, function: str, **given: Any) -> Measured:
         """Run ``module:function`` in a process of its own and return what it does.
 
-        What the first such process imports, later ones have imported before their clock starts.
+        What earlier such processes imported, of whatever side, is imported before its clock starts.
         """
         command = [sys.executable, "-m", "benchmarks.harness", str(self.root), function]
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
@@ -244,8 +244,8 @@ def _run_leg(root: Path, function: str, given: dict[str, Any]) -> None:
     gc.freeze()  # as our command does after its imports; the peer gets it, too
     module_name, name = function.split(":")
     measured = getattr(importlib.import_module(module_name), name)(**given)
-    if not imports.exists():
-        imports.write_text("\n".join(sorted(sys.modules)))
+    known = set(imports.read_text().split()) if imports.exists() else set()
+    imports.write_text("\n".join(sorted(known | set(sys.modules))))
     print("\n" + json.dumps(measured))
 
 
