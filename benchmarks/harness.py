@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import importlib
 import json
 import os
@@ -123,7 +122,7 @@ class Bench:
     def leg(self, function: str, **given: Any) -> Measured:
         """Run ``module:function`` in a process of its own and return what it does.
 
-        What earlier such processes imported, of whatever side, is imported before its clock starts.
+        What the first process of a function imports, later ones have imported before their clock starts.
         """
         command = [sys.executable, "-m", "benchmarks.harness", str(self.root), function]
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
@@ -241,11 +240,10 @@ def _run_leg(root: Path, function: str, given: dict[str, Any]) -> None:
     for module in imports.read_text().split() if imports.exists() else []:
         with contextlib.suppress(ImportError):  # made at run time, not by an import
             importlib.import_module(module)
-    gc.freeze()  # as our command does after its imports; the peer gets it, too
     module_name, name = function.split(":")
     measured = getattr(importlib.import_module(module_name), name)(**given)
-    known = set(imports.read_text().split()) if imports.exists() else set()
-    imports.write_text("\n".join(sorted(known | set(sys.modules))))
+    if not imports.exists():
+        imports.write_text("\n".join(sorted(sys.modules)))
     print("\n" + json.dumps(measured))
 
 
