@@ -5,32 +5,30 @@ Memory holds a batch of documents and a window of pieces, however many there are
 
 import hashlib
 import math
-from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
-import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.data.audit import length_statistics
 from fine_tune.data.documents import Document, Unit, documents, text_files
-from fine_tune.data.encode_rows import column, token_counts
-from fine_tune.data.leakage import Leakage
+from fine_tune.data.encode_rows import token_counts
 from fine_tune.data.options import Options
 from fine_tune.data.sources import SPLIT_NAMES, Source
 from fine_tune.data.split import SPLITS
+from fine_tune.data.text_facts import HASH_BYTES, count_repeated, text_facts
 from fine_tune.data.text_rows import PackedRow, Packer
 from fine_tune.data.token_cache import PreparedData, TokenCache
 from fine_tune.errors import UserError
 
 RATIOS = {"train": 0.96, "validation": 0.02, "test": 0.02}
 DOCUMENTS_AT_ONCE, ROWS_AT_ONCE = 1_000, 500
+HASHES = "train.hashes"
 LONGEST_TEXT = 2**20  # characters tokenized at once; longer documents are cut before a space
 FEATURES = Features(
     {
@@ -75,7 +73,7 @@ class _Split:
     num_bytes: int = 0
     held: list[dict[str, Any]] = field(default_factory=list)
     difficulties: dict[int, float] = field(default_factory=dict)
-    hashes: Any = field(default_factory=lambda: array("Q"))  # 8 bytes a document
+    hashes: BinaryIO | None = None  # of training documents, to find the repeated ones
 
 
 def prepare_text(
@@ -151,7 +149,8 @@ def _packed(
                 continue
             split.num_documents += 1
             split.num_bytes += len(document.text.encode())
-            split.hashes.append(int.from_bytes(words[:8], "big"))
+            if split.hashes is not None:
+                split.hashes.write(words[:HASH_BYTES])
             if name == "test":
                 test_rows.append(words.hex()[:16])
             batch.append((number, name, document))
@@ -163,7 +162,9 @@ def _packed(
             _write(split, split.packer.rest(), last=True)
     _refuse_empty(splits, options)
     rows = {name: Dataset.from_file(str(splits[name].file)) for name in SPLITS if name in splits}
-    facts = _facts(rows, splits, options)
+    told = [line for name in rows for line in _told(name, rows[name], splits[name], options)]
+    num_bytes = {name: split.num_bytes for name, split in splits.items()}
+    facts = text_facts(rows, told, num_bytes, count_repeated(scratch / HASHES))
     return rows, facts | {"test_rows": sorted(test_rows)}
 
 
@@ -181,7 +182,8 @@ def _open(name: str, options: Options, scratch: Path, stack: ExitStack) -> _Spli
     assert options.max_length is not None
     file = scratch / f"{name}.arrow"
     writer = stack.enter_context(ArrowWriter(path=str(file), features=FEATURES))
-    return _Split(writer, Packer(options.max_length), file)
+    hashes = stack.enter_context((scratch / HASHES).open("wb")) if name == "train" else None
+    return _Split(writer, Packer(options.max_length), file, hashes=hashes)
 
 
 def _add(
@@ -205,6 +207,8 @@ def _add(
         if source.sorted_by is not None:
             split.difficulties[number] = _difficulty(document, source.sorted_by, len(ids))
         _write(split, split.packer.add(number, ids))
+        if split.packer.is_empty:
+            split.difficulties.clear()
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -280,43 +284,10 @@ def _num_rows(splits: dict[str, _Split], name: str) -> int:
     return splits[name].num_rows if name in splits else 0
 
 
-def _facts(rows: dict[str, Dataset], splits: dict[str, _Split], options: Options) -> dict[str, Any]:
+def _told(name: str, rows: Dataset, split: _Split, options: Options) -> Iterator[str]:
     assert options.max_length is not None
-    capacity, notes = options.max_length, []
-    audited: dict[str, dict[str, Any]] = {}
-    for name, of_split in rows.items():
-        split, tokens = splits[name], token_counts(of_split)
-        full = tokens.sum() / (capacity * len(of_split))
-        notes.append(
-            f"{name}: {split.num_documents:,} documents of {split.num_bytes / 1e6:,.1f} MB in rows {full:.1%} full"
-        )
-        if split.num_documents == options.max_rows.get(name):
-            notes.append(f"{name}: cut after {split.num_documents:,} documents (data.max_rows)")
-        length = length_statistics(tokens)
-        short = {key: length[key] for key in ("mean", "median", "p95", "max")}
-        audited[name] = {"length": short, "supervised_length": short, "sources": {}, "strata": {}}
-    train = token_counts(rows["train"])
-    hashes = np.asarray(splits["train"].hashes, dtype=np.uint64)
-    repeated = len(hashes) - len(np.unique(hashes))
-    if repeated:
-        notes.append(f"train: {repeated:,} documents repeat an earlier one, word for word")
-    supervised = column(rows["train"], "num_supervised")
-    audit = {
-        "rows": {name: len(of_split) for name, of_split in rows.items()},
-        "too_long_rows": 0,
-        "empty_completions": 0,
-        "tokens": int(train.sum()),
-        "supervised_tokens": int(supervised.sum()),
-        "length": length_statistics(train),
-        "longest_sequence": int(train.max()),
-        "supervised_length": length_statistics(supervised),
-        "truncated_rows_share": 0.0,
-        "supervised_tokens_lost_share": 0.0,
-        "preferences": {},
-        "repeated_rows": {"repeated": repeated, "near": 0},
-        "leakage": Leakage(1.0).as_dict(),
-        "splits": audited,
-        "drift": {},
-    }
-    num_bytes = {name: split.num_bytes for name, split in splits.items()}
-    return {"notes": notes, "audit": audit, "num_bytes": num_bytes}
+    full = token_counts(rows).sum() / (options.max_length * len(rows))
+    num_documents = f"{split.num_documents:,} documents"
+    yield f"{name}: {num_documents} of {split.num_bytes / 1e6:,.1f} MB in rows {full:.1%} full"
+    if split.num_documents == options.max_rows.get(name):
+        yield f"{name}: cut after {num_documents} (data.max_rows)"

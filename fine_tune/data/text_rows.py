@@ -87,6 +87,11 @@ class Packer:
         self.length, self.window = length, window
         self._held: list[tuple[int, list[int]]] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that was given has come out."""
+        return not self._held
+
     def add(self, document: int, ids: list[int]) -> Iterator[PackedRow]:
         """Take a document by its number and tokens; give the rows that are done."""
         for piece in cut_into_pieces(ids, self.length):
