@@ -28,6 +28,10 @@ VERBS = {
         "fine_tune.commands.plan:main",
         "whether a run fits, what it takes and what would fit",
     ),
+    "sweep": (
+        "fine_tune.commands.sweep:main",
+        "search settings: a study whose trials are runs, on any number of machines",
+    ),
     "runs": (
         "fine_tune.commands.runs:main",
         "list all runs: status, model, data, metrics, test openings; filter, sort, compare",

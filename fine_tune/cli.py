@@ -35,6 +35,7 @@ from fine_tune.runs import slurm
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO
 from fine_tune.runs.places import (
+    PARENT_VARIABLE,
     RUN_VARIABLE,
     check_writable,
     claim,
@@ -301,6 +302,8 @@ def main(args: list[str] | None = None) -> int:
     """Run fit, validate or test; return the exit code: 2 for what the user can fix."""
     if not is_first_process() and RUN_VARIABLE in os.environ:
         end_with_parent()
+    elif PARENT_VARIABLE in os.environ:
+        end_with_parent(int(os.environ[PARENT_VARIABLE]))
     stop = StopRequest()
     return exit_code(
         lambda: run_cli(FineTuneCLI, sys.argv[1:] if args is None else args, stop), stop

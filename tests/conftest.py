@@ -52,7 +52,7 @@ def command_line(
         from fine_tune.__main__ import main
 
         texts = [str(arg) for arg in args]
-        if root and texts[0] in ("fit", "validate", "test"):
+        if root and texts[0] in ("fit", "validate", "test", "sweep"):
             texts += ["--trainer.default_root_dir", str(tmp_path)]
         if texts[0] in ("fit", "validate", "test") and "--report" not in texts:
             texts += ["--report", "null"]  # half a second each

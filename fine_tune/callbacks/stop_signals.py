@@ -212,9 +212,13 @@ def _save(trainer: Trainer, pl_module: LightningModule) -> None:
     trainer.should_stop = before  # left at True, Lightning would log a step between two intervals
 
 
-def end_with_parent() -> None:
-    """End this process when the one that started it is gone: no collective call tells a waiting rank at once."""
-    parent = os.getppid()
+def end_with_parent(parent: int | None = None) -> None:
+    """End this process when the one that started it is gone: no collective call tells a waiting rank at once.
+
+    Args:
+        parent: Its number; None: whoever it is now.
+    """
+    parent = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -36,7 +36,7 @@ def write_report(
     """
     words = Words(language)
     page = page_of(read_run(folder), words, every, grid)
-    return _write(page, words, folder / NAME if output is None else _free(output / NAME))
+    return write_page(page, words, folder / NAME if output is None else _free(output / NAME))
 
 
 def write_comparison(
@@ -59,10 +59,13 @@ def write_comparison(
     words = Words(language)
     page = comparison_of([read_run(folder) for folder in folders], words)
     several = NAME_OF_SEVERAL
-    return _write(page, words, folders[0] / several if output is None else _free(output / several))
+    return write_page(
+        page, words, folders[0] / several if output is None else _free(output / several)
+    )
 
 
-def _write(page: Page, words: Words, file: Path) -> Path:
+def write_page(page: Page, words: Words, file: Path) -> Path:
+    """Write a page as ``.html`` and ``.md``; return the former."""
     _replace(file.with_suffix(".md"), render.text(page, words))
     _replace(file.with_suffix(".html"), render.html(page, words))
     return file.with_suffix(".html")

@@ -13,6 +13,7 @@ from fine_tune.runs.stored_checkpoints import newest_whole, stored
 RUN_VARIABLE = (
     "FINE_TUNE_RUN_FOLDER"  # tells the processes a strategy starts which folder the first one took
 )
+PARENT_VARIABLE = "FINE_TUNE_PARENT"  # the process a run of a sweep ends with
 
 
 @dataclass(frozen=True)

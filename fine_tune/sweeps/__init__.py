@@ -1,0 +1,1 @@
+"""Searching settings: a study whose trials are runs like any other."""
