@@ -193,6 +193,8 @@ def _picture(draw: Callable[[], Any]) -> str:
         warnings.simplefilter("ignore")
         axes = draw()
         figure = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
+        if not hasattr(axes, "flat"):
+            axes.set_title("")  # the page has its own
         written = io.BytesIO()
         figure.savefig(written, format="png", dpi=110, bbox_inches="tight")
         plt.close(figure)
