@@ -1,4 +1,4 @@
-"""A sweep's page: every trial, what failed and why, what mattered, in both languages; nothing of the user's is alive."""
+"""The page of a sweep: every trial, what failed and why, what mattered, in both languages; nothing in it is alive."""
 
 from pathlib import Path
 
