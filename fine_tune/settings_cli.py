@@ -203,8 +203,9 @@ class SettingsCLI(LightningCLI):
     def check_before_weights(self) -> None:
         """Prepare the data and hold everything against everything that needs no weights."""
         model, data = self.model, self.datamodule
-        new_model = model.model_settings.from_config is not None
-        data.cap_length(model.model_settings.max_positions(data.tokenizer if new_model else None))
+        settings = model.model_settings
+        tokenizer = data.tokenizer if settings.from_config is not None else None
+        data.meet_model(settings.max_positions(tokenizer), settings.vocabulary_size(tokenizer))
         data.prepare_data()
         plan = self.plan = data.make_plan(self.settings.trainer.max_steps)
         model.check(plan, data.tokenizer)

@@ -66,6 +66,7 @@ class StepData(LightningDataModule):
         self._prepared: PreparedData | None = None
         self._plan: DataPlan | None = None
         self._test_rows: Dataset | None = None
+        self.vocabulary_size: int | None = None  # the model's
         self._fitting = False
         self.predict_path = settings.predict_path
         self.predict_rows: PredictRows | None = None
@@ -194,14 +195,19 @@ class StepData(LightningDataModule):
         """Return the tokens a CPU takes at a time, by the vocabulary and the share of tokens that have logits."""
         train = self.prepared.facts["splits"]["train"]
         share = train["num_supervised"] / max(1, train["num_tokens"])
-        return cpu_tokens(len(self.tokenizer), share or 1.0)
+        return cpu_tokens(self.vocabulary_size or len(self.tokenizer), share or 1.0)
 
-    def cap_length(self, positions: int | None) -> None:
-        """Hold ``max_length`` to the model's positions, before anything is tokenized.
+    def meet_model(self, positions: int | None, vocabulary_size: int | None) -> None:
+        """Hold ``max_length`` to the model's positions, before anything is tokenized, and note what it chooses from.
+
+        Args:
+            positions: The longest row it takes; None: any.
+            vocabulary_size: Of its logits, which may be more than the tokenizer's; None: the same.
 
         Raises:
             UserError: The user asked for longer rows than the model has positions.
         """
+        self.vocabulary_size = vocabulary_size
         if positions is None or self._prepared is not None:
             return
         asked = self.options.max_length

@@ -109,6 +109,11 @@ class ModelSettings:
         """Return the longest row the model's positions allow, or None if its config sets no limit."""
         return max_positions(self.resolved_config(tokenizer))
 
+    def vocabulary_size(self, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+        """Return how many words the model's logits choose from, or None if its config does not say."""
+        config = self.resolved_config(tokenizer).get_text_config()
+        return getattr(config, "vocab_size", None)
+
     def resolved_config(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
         """Return the model's config with the user's overrides; for a new model, the tokenizer's ids filled in."""
         fields = self.from_config

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from harness import CommandLine, write_rows
+from harness import TOKENIZER, CommandLine, write_rows
 from lora_runs import SIZES, save_model
 from small_models import save_small_model
 from torch import Tensor
@@ -223,3 +223,17 @@ def test_auto_leaves_a_budget_of_ones_own(
     config = yaml.safe_load((outcome.run().path / "config.yaml").read_text())
     assert config["data"]["init_args"]["max_tokens_per_micro_batch"] == 48
     assert config["model"]["init_args"]["gradient_checkpointing"] is False
+
+
+def test_a_cpu_takes_fewer_tokens_at_a_time_where_the_model_chooses_from_many(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    args = [*fit_args, "--trainer.accelerator", "cpu", "--data.cache_dir", str(tmp_path / "cache")]
+    new = ["--model.tokenizer", str(TOKENIZER), "--model.model_name_or_path", "null"]
+    config = "{model_type: llama, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1"
+    few = prepare_as_fit([*args, *new, "--model.from_config", config + "}"])
+    many = prepare_as_fit([*args, *new, "--model.from_config", config + ", vocab_size: 100000}"])
+    assert (
+        few.plan.max_tokens_per_micro_batch == 1024
+    )  # 8 rows of 128; the tokenizer has 1,500 words
+    assert many.plan.max_tokens_per_micro_batch == 512
