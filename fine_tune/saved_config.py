@@ -1,6 +1,7 @@
 """``config.yaml`` in the run folder: every setting as resolved, so that the run can be started again."""
 
 import enum
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def save_config(
     settings = _without_enums(settings)
     for key, value in {"allow_changes": False, **replaced}.items():
         settings[key] = value
-    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     parser.save(settings, str(unfinished), skip_none=False, multifile=False, overwrite=True)
     unfinished.replace(file)
 

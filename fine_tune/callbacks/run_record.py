@@ -17,6 +17,7 @@ from fine_tune.callbacks.stop_signals import Stopped, StopSignals
 from fine_tune.device_energy import EnergyMeter, energy_meter
 from fine_tune.device_memory import device_name
 from fine_tune.runs import slurm
+from fine_tune.runs.row_losses import write_row_losses
 from fine_tune.runs.run_folder import run_of
 
 PACKAGES = (
@@ -126,6 +127,8 @@ class RunRecord(Callback):
             entry = {"time": _now(), "split": split, "checkpoint": checkpoint, "metrics": metrics}
             entry["intervals"] = pl_module.intervals
             run.update({"results": [*run.read().get("results", []), entry]})
+            if split == "validation" and pl_module.measured_rows is not None:
+                write_row_losses(run, pl_module.measured_rows)
 
 
 def environment() -> dict[str, Any]:

@@ -36,6 +36,7 @@ from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_
 from fine_tune.modules.precision import follow_precision
 from fine_tune.modules.prediction import Predicting, write_answers
 from fine_tune.modules.recomputing import Recomputing
+from fine_tune.modules.row_losses import RowLosses
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.step_log import Throughput, log_step
 from fine_tune.modules.weights import (
@@ -133,6 +134,10 @@ class StepModule(LightningModule):
         )
         self.model: PreTrainedModel | PeftModel | None = None
         self.metrics: Any = TokenMetrics()
+        self.row_losses = RowLosses()
+        self.measured_rows: np.ndarray | None = (
+            None  # [R, 3] of the last validation: id, count, loss
+        )
         self.throughput = Throughput()
         self.intervals: dict[str, list[float]] = {}  # of 95 %, of what was measured last
         self._grad_norm = torch.zeros(())
@@ -173,6 +178,11 @@ class StepModule(LightningModule):
     @abstractmethod
     def evaluate(self, micro_batch: Any) -> None:
         """Add a micro-batch of an evaluation split to ``self.metrics``."""
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether each row's loss is kept: of the validation that makes a run's result, not of those while training."""
+        return self.trainer.state.fn == "validate"
 
     def interval_metrics(self) -> dict[str, Tensor]:
         """Return what it counted besides, over all ranks; asked for where a row of ``metrics.csv`` is written."""

@@ -108,6 +108,8 @@ class DPO(StepModule):
     def evaluate(self, micro_batch: PreferenceBatch) -> None:
         loss_B, metrics = self._losses(micro_batch)
         self.metrics.update(loss_B, *metrics.values())
+        if self.compares_rows:
+            self.row_losses.update(micro_batch["row_ids"], [1] * len(loss_B), loss_B)
 
     def log_odds(self, batch: PreferenceBatch) -> dict[int, float]:
         """Return how much likelier the model finds each pair's chosen answer than the rejected one, by row id.

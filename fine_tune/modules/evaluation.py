@@ -82,6 +82,8 @@ def log_evaluation(module: "StepModule", split: str) -> None:
         if computed.keys() >= set(pair) and all(torch.isfinite(computed[end]) for end in pair)
     }
     module.metrics.reset()
+    if module.compares_rows:
+        module.measured_rows = module.row_losses.take(module.trainer.world_size)
     for name, value in values.items():
         if not torch.isfinite(value):
             log.info("WARNING: %s is %s", name, float(value))

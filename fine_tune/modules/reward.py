@@ -76,6 +76,8 @@ class Reward(StepModule):
     def evaluate(self, micro_batch: PreferenceBatch) -> None:
         loss_B, measured = self._losses(micro_batch)
         self.metrics.update(loss_B, *measured)
+        if self.compares_rows:
+            self.row_losses.update(micro_batch["row_ids"], [1] * len(loss_B), loss_B)
 
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> None:
         score_answers(self, batch, self._rewards)

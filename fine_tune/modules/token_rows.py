@@ -49,7 +49,11 @@ def measure(module: "SFT", batch: SFTBatch) -> None:
     correct_N = logits_NV.argmax(-1) == targets_N
     if module.routers is not None:
         module.routers.count(real_tokens(module, batch))
-    module.metrics.update(nll_per_token(logits_NV, targets_N), correct_N, batch["num_supervised"])
+    nll_N, counts = nll_per_token(logits_NV, targets_N), batch["num_supervised"]
+    module.metrics.update(nll_N, correct_N, counts)
+    if module.compares_rows:
+        losses_B = torch.stack([nll.sum() for nll in nll_N.split(counts)])
+        module.row_losses.update(batch["row_ids"], counts, losses_B)
 
 
 def real_tokens(module: "SFT", batch: SFTBatch) -> Tensor | None:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from fine_tune.errors import UserError, nearest
+from fine_tune.modules.run_identity import run_identity
 from fine_tune.prepared_cli import PreparedCLI, prepare_as_fit
-from fine_tune.sweeps.space import COSTS, Sweep
-from fine_tune.sweeps.trial import flags_of
+from fine_tune.sweeps.space import COSTS, Setting, Sweep
+from fine_tune.sweeps.trial import OF_A_TRIAL, flags_of
 
 
 def check_corners(file: str, searched: Sweep, settings: list[str]) -> None:
-    """Let fit's own checks see every least, greatest and listed value.
+    """Let fit's own checks see every least, greatest and listed value, with the flags a trial will have.
 
     Raises:
         UserError: What they say of any of them.
@@ -20,7 +21,7 @@ def check_corners(file: str, searched: Sweep, settings: list[str]) -> None:
     problems: list[str] = []
     for setting in searched.corners():
         try:
-            prepare_as_fit([*settings, *flags_of(setting)])
+            prepare_as_fit([*settings, *flags_of(setting), *OF_A_TRIAL])
         except UserError as error:
             problems += error.problems
     if problems:
@@ -45,7 +46,7 @@ def check_metrics(file: str, searched: Sweep, plan: PreparedCLI) -> None:
         raise UserError(*problems)
 
 
-def shipped_setting(plan: PreparedCLI, searched: Sweep) -> list[dict[str, Any]]:
+def shipped_setting(plan: PreparedCLI, searched: Sweep) -> list[Setting]:
     """Return the config's own setting, where it lies in what is searched: it is tried first; else none."""
     setting = {key: _value_of(plan, key) for key in searched.parameters}
     for key, parameter in searched.parameters.items():
@@ -69,15 +70,17 @@ def _value_of(plan: PreparedCLI, key: str) -> Any:
 
 
 def identity_of(file: str, plan: PreparedCLI) -> dict[str, str]:
-    """Return hashes of what must be the same for all workers; where their files lie may differ."""
-    config = plan.settings.as_dict()
-    for key in ("config", "name", "ckpt_path"):
-        config.pop(key, None)
-    config["trainer"]["default_root_dir"] = None
-    config["data"]["init_args"] |= {"cache_dir": None, "path": None}
+    """Return hashes of what must be the same for all workers; where their files lie may differ, and the machine."""
+    content = plan.datamodule.content
+    run = run_identity(
+        plan.settings.as_dict(), model=plan.model, data=content, num_steps=plan.plan.num_steps
+    )
     parts = {
-        "data": json.dumps(plan.datamodule.content, sort_keys=True, default=str),
-        "config": json.dumps(config, sort_keys=True, default=str),
+        "data": content,
+        "config": {key: value for key, value in run.items() if key not in content},
         "sweep file": Path(file).read_text("utf-8"),
     }
-    return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in parts.items()}
+    return {
+        key: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        for key, part in parts.items()
+    }

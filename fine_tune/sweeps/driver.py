@@ -3,135 +3,93 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
-import optuna
-from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
+from fine_tune.sweeps.ledger import Ledger, Lost, Taken, is_open, number_of
 from fine_tune.sweeps.space import Sweep
-from fine_tune.sweeps.study import (
-    REASON,
-    find_dead,
-    frozen,
-    is_surplus,
-    number_of,
-    queue_again,
-    retried,
-    suggested,
-    trials_of,
-)
-from fine_tune.sweeps.trial import EndedEarly, Measured, Runs, TrialFailed, run_setting
+from fine_tune.sweeps.trial import EndedEarly, Runs, RunStopped, TrialFailed, run_setting
 
 WAIT_SECONDS = 2.0
+MOST_TRIES = 3  # of a trial whose runs are killed
 RUNS, SECONDS = "runs", "seconds"  # what a trial's record has besides its values
-
-
-class _Surplus(Exception):
-    """Other workers have begun all trials there should be."""
-
-
-class _Stopped(Exception):
-    """This worker is stopped by ``cause``; its trial is for whoever comes next."""
-
-    def __init__(self, cause: BaseException) -> None:
-        self.cause = cause
 
 
 class Worker:
     """Takes trials until all of a study are done.
 
     Args:
-        study: Shared with other workers, or not.
+        ledger: Hands them out.
         sweep: What is searched.
         runs: Where the runs lie, and how they are started.
-        num_trials: There should be, of all workers together.
         say: Told what happens, a line each.
-        show: Told that a trial of this worker began or ended.
+        show: Told the trials whenever one may have changed.
     """
 
     def __init__(
         self,
-        study: Study,
+        ledger: Ledger,
         sweep: Sweep,
         runs: Runs,
-        num_trials: int,
         say: Callable[[str], None],
         show: Callable[[list[FrozenTrial]], None],
     ) -> None:
-        self.study, self.sweep, self.runs = study, sweep, runs
-        self.num_trials, self.say, self.show = num_trials, say, show
+        self.ledger, self.sweep, self.runs, self.say, self.show = ledger, sweep, runs, say, show
 
     def work(self) -> None:
         """Take trials; wait for those of other workers, whose death puts theirs back into the queue."""
         while True:
-            trials = retried(self._living_trials, self.say)
+            trials = self.ledger.trials()
             self.show(trials)
-            open_ones = [t for t in trials if not t.state.is_finished()]
-            if len(trials) >= self.num_trials and not open_ones:
+            done = [t for t in trials if t.state.is_finished() and not is_open(t)]
+            if len(done) >= self.ledger.num_trials:
                 return
-            waiting = any(t.state == TrialState.WAITING for t in open_ones)
-            if waiting or len(trials) < self.num_trials:
-                retried(self._take, self.say)
-            else:
+            taken = self.ledger.take()
+            if taken is None:
                 time.sleep(WAIT_SECONDS)
+                continue
+            self.show(self.ledger.trials())
+            with self.ledger.alive(taken), suppress(Lost):
+                self._try(taken)
 
-    def _living_trials(self) -> list[FrozenTrial]:
-        find_dead(self.study)
-        return trials_of(self.study)[: self.num_trials]
+    def _try(self, taken: Taken) -> None:
+        start, metrics = time.monotonic(), list(self.sweep.metrics)
 
-    def _take(self) -> None:
-        try:
-            self.study.optimize(self._objective, n_trials=1, catch=(TrialFailed, _Surplus))
-        except _Stopped as stopped:
-            raise stopped.cause from None
+        def seconds() -> float:
+            return time.monotonic() - start
 
-    def _objective(self, trial: Trial) -> list[float]:
-        if retried(lambda: is_surplus(self.study, trial, self.num_trials), self.say):
-            raise _Surplus
-        setting = retried(lambda: suggested(trial, self.sweep), self.say)
-        number, start = self._number(trial), time.monotonic()
-        self.show(retried(lambda: trials_of(self.study), self.say))
         try:
             measured = run_setting(
-                self.runs, number, setting, list(self.sweep.metrics), self._seen_by(trial)
+                self.runs, taken.number, taken.setting, metrics, self._seen_by(taken)
             )
         except EndedEarly:
-            self._note(trial, start, None)
-            raise optuna.TrialPruned from None
+            self.ledger.end(taken, TrialState.PRUNED, seconds=seconds())
         except TrialFailed as failed:
-            self._note(trial, start, None)
-            retried(lambda told=str(failed): trial.set_user_attr(REASON, told), self.say)
+            self.ledger.end(taken, TrialState.FAIL, seconds=seconds(), reason=str(failed))
+        except RunStopped as stopped:
+            reason = {} if taken.num_tries < MOST_TRIES else {"reason": f"{stopped}, each time"}
+            self.say(f"WARNING: trial {taken.number}: {stopped}")
+            self.ledger.end(taken, TrialState.FAIL, **reason)  # without one it is tried again
+        except Lost:
+            self.say(f"WARNING: trial {taken.number} was given to another worker meanwhile")
+        except BaseException:  # this worker is stopped; the trial is for whoever comes next
+            self.ledger.let_go(taken)
             raise
-        except BaseException as cause:
-            queue_again(self.study, trial)
-            raise _Stopped(cause) from cause
-        self._note(trial, start, measured)
-        return measured.means(list(self.sweep.metrics))
+        else:
+            values = measured.means(metrics)
+            notes = {RUNS: measured.folders, "of_runs": measured.values, SECONDS: seconds()}
+            self.ledger.end(taken, TrialState.COMPLETE, values, **notes)
 
-    def _number(self, trial: Trial) -> int:
-        return int(retried(lambda: number_of(frozen(self.study, trial)), self.say))
-
-    def _seen_by(self, trial: Trial) -> Callable[[int, float], bool]:
-        several = len(self.sweep.metrics) > 1
-        asked = self.sweep.pruner != "none"
+    def _seen_by(self, taken: Taken) -> Callable[[int, float], bool]:
+        several, asked = len(self.sweep.metrics) > 1, self.sweep.pruner != "none"
 
         def seen(step: int, value: float) -> bool:
             if several or not math.isfinite(value):
                 return False
-            retried(lambda: trial.report(value, step), self.say)
-            return asked and bool(retried(trial.should_prune, self.say))
+            return self.ledger.report(taken, step, value) and asked
 
         return seen
-
-    def _note(self, trial: Trial, start: float, measured: Measured | None) -> None:
-        def note() -> None:
-            trial.set_user_attr(SECONDS, time.monotonic() - start)
-            if measured is not None:
-                trial.set_user_attr(RUNS, measured.folders)
-                trial.set_user_attr("values", measured.values)
-
-        retried(note, self.say)
 
 
 def best_first(trials: list[FrozenTrial], metrics: dict[str, str]) -> list[FrozenTrial]:
@@ -142,12 +100,12 @@ def best_first(trials: list[FrozenTrial], metrics: dict[str, str]) -> list[Froze
     def costs(trial: FrozenTrial) -> list[float]:
         return [sign * value for sign, value in zip(signs, trial.values, strict=True)]
 
-    def beaten(trial: FrozenTrial) -> bool:
+    def place(trial: FrozenTrial) -> tuple[bool, list[float], int]:
         mine = costs(trial)
-        return any(
-            costs(other) != mine and all(a <= b for a, b in zip(costs(other), mine, strict=True))
-            for other in done
+        others = [costs(other) for other in done]
+        beaten = any(
+            o != mine and all(a <= b for a, b in zip(o, mine, strict=True)) for o in others
         )
+        return beaten, mine, number_of(trial)
 
-    key: Callable[[FrozenTrial], Any] = lambda t: (beaten(t), *costs(t), number_of(t))  # noqa: E731
-    return sorted(done, key=key)
+    return sorted(done, key=place)

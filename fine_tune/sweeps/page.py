@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -26,9 +27,10 @@ from fine_tune.report.blocks import (
 )
 from fine_tune.report.words import Language, Words
 from fine_tune.report.write import write_page
+from fine_tune.sweeps.compare import Difference
 from fine_tune.sweeps.driver import RUNS, SECONDS, best_first
+from fine_tune.sweeps.ledger import REASON, number_of
 from fine_tune.sweeps.space import Sweep, told_of
-from fine_tune.sweeps.study import REASON, number_of, trials_of
 
 NAME = "sweep"
 FEWEST = 4  # finished trials, below which nothing is said of what mattered
@@ -36,23 +38,39 @@ MOST_SLICES = 8
 
 
 def write_sweep_page(
-    study: Study, sweep: Sweep, folder: Path, commands: list[str], language: Language = "en"
+    study: Study,
+    trials: list[FrozenTrial],
+    sweep: Sweep,
+    folder: Path,
+    commands: list[str],
+    against: dict[int, Difference],
+    language: Language = "en",
 ) -> Path:
     """Write ``sweep.html`` and ``sweep.md`` into the sweep's folder; return the page's path.
 
     Args:
         study: The study, finished or not.
+        trials: The try that counts of each trial.
         sweep: What is searched.
         folder: The sweep's.
         commands: What to type next.
+        against: Trials compared with the config's own setting, by their numbers.
         language: en or id.
     """
     words = Words(language)
-    return write_page(_page(study, sweep, folder.name, commands, words), words, folder / NAME)
+    page = _page(study, trials, sweep, folder.name, commands, against, words)
+    return write_page(page, words, folder / NAME)
 
 
-def _page(study: Study, sweep: Sweep, name: str, commands: list[str], words: Words) -> Page:
-    trials = trials_of(study)
+def _page(
+    study: Study,
+    trials: list[FrozenTrial],
+    sweep: Sweep,
+    name: str,
+    commands: list[str],
+    against: dict[int, Difference],
+    words: Words,
+) -> Page:
     ranked = best_first(trials, sweep.metrics)
     open_ones = [t for t in trials if not t.state.is_finished()]
     status = "running" if open_ones else "finished"
@@ -73,6 +91,7 @@ def _page(study: Study, sweep: Sweep, name: str, commands: list[str], words: Wor
         sections=[
             Section("space", words("sweep_space"), [_space(sweep, words)]),
             Section("trials", words("sweep_trials"), _trials(trials, ranked, sweep, words)),
+            *_against(ranked, against, words),
             *_mattered(study, sweep, ranked, words),
             *_pictures(study, sweep, ranked, words),
             Section("commands", words("commands"), [Code("", commands)]),
@@ -144,6 +163,27 @@ def _trials(
     return [table, *told, *(block for block in failed if block.items)]  # type: ignore[union-attr]
 
 
+def _against(
+    ranked: list[FrozenTrial], against: dict[int, Difference], words: Words
+) -> list[Section]:
+    """How trials compare with the config's own setting, over seeds and rows."""
+    rows = [
+        [
+            str(number_of(trial)),
+            words(f"sweep_{found.verdict.replace(' ', '_')}"),
+            words.number(found.value),
+            words("sweep_interval", low=found.low, high=found.high),
+        ]
+        for trial in ranked
+        if (found := against.get(trial.number)) is not None
+    ]
+    if not rows:
+        return []
+    head = [words(f"sweep_{name}") for name in ("number", "verdict", "difference", "ends")]
+    note = words("sweep_against_note")
+    return [Section("against", words("sweep_against"), [Table(head, rows, 2, note=note)])]
+
+
 def _mattered(study: Study, sweep: Sweep, ranked: list[FrozenTrial], words: Words) -> list[Section]:
     """How much each setting decides of the first metric: PED-ANOVA (arXiv 2304.10255), which needs no other package."""
     if len(ranked) < FEWEST or len(sweep.parameters) < 2:
@@ -184,23 +224,33 @@ def _pictures(study: Study, sweep: Sweep, ranked: list[FrozenTrial], words: Word
 
 def _picture(draw: Callable[[], Any]) -> str:
     """Return a picture of Optuna's as an image in the page: text in it is pixels, whatever it says."""
-    import matplotlib
-
     matplotlib.use("Agg")
+    try:
+        image = _drawn(draw, formulas=True)
+    except ValueError:  # a value with dollar signs is no formula
+        image = _drawn(draw, formulas=False)
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
+
+
+def _drawn(draw: Callable[[], Any], *, formulas: bool) -> bytes:
     import matplotlib.pyplot as plt
 
-    with warnings.catch_warnings(), plt.style.context("default"):
+    with (
+        warnings.catch_warnings(),
+        plt.style.context("default"),
+        matplotlib.rc_context({"text.parse_math": formulas}),
+    ):
         warnings.simplefilter("ignore")
         axes = draw()
         figure = axes.flat[0].figure if hasattr(axes, "flat") else axes.figure
         if not hasattr(axes, "flat"):
             axes.set_title("")  # the page has its own
         written = io.BytesIO()
-        figure.savefig(written, format="png", dpi=110, bbox_inches="tight")
-        plt.close(figure)
-    return (
-        f'<img alt="" src="data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}">'
-    )
+        try:
+            figure.savefig(written, format="png", dpi=110, bbox_inches="tight")
+        finally:
+            plt.close(figure)
+    return written.getvalue()
 
 
 def _shown(value: Any, words: Words) -> str:

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fine_tune.printable import printable
+from fine_tune.sweeps.compare import Difference
 from fine_tune.sweeps.driver import SECONDS, best_first
+from fine_tune.sweeps.ledger import REASON, is_open, number_of
 from fine_tune.sweeps.space import Sweep
-from fine_tune.sweeps.study import REASON, number_of
 
 STATES = {
     TrialState.COMPLETE: "done",
@@ -60,7 +61,8 @@ class LiveTable:
             )
             return
         for trial in trials:
-            if trial.state.is_finished() and trial.number not in self._told:
+            over = trial.state.is_finished() and not is_open(trial)
+            if over and trial.number not in self._told:
                 self._told.add(trial.number)
                 self.say(self._line(trial, trials))
 
@@ -104,7 +106,7 @@ def trials_table(trials: list[FrozenTrial], sweep: Sweep, under: str = "") -> Ta
         table.add_column(printable(short(head)), justify=justify, overflow="fold")
     best = [number_of(t) for t in best_first(trials, sweep.metrics)[:1]]
     for trial in trials:
-        state = STATES[trial.state]
+        state = "waiting" if is_open(trial) else STATES[trial.state]
         values = trial.values or [None] * len(sweep.metrics)
         seconds = trial.user_attrs.get(SECONDS)
         cells: list[str | Text] = [
@@ -117,6 +119,13 @@ def trials_table(trials: list[FrozenTrial], sweep: Sweep, under: str = "") -> Ta
         ]
         table.add_row(*(c if isinstance(c, Text) else Text(printable(c)) for c in cells))
     return table
+
+
+def told_difference(number: int, found: Difference) -> str:
+    """Say how a trial's loss compares with that of the config's own setting."""
+    ends = f"{found.low:+.4g} to {found.high:+.4g}, 95 % over seeds and rows"
+    told = {"better": "better than", "worse": "worse than", "cannot tell": "cannot be told from"}
+    return f"trial {number}: loss {found.value:+.4g} ({ends}): {told[found.verdict]} the config's own setting"
 
 
 def short(key: str) -> str:

@@ -27,6 +27,17 @@ DISTRIBUTIONS = {
     "int": ("low", "high", "step", "log"),
 }
 COSTS = ("seconds", "memory_gib")  # of a run, beside what it logs
+Setting = dict[str, Any]  # values by the settings' keys
+OF_THE_SWEEP = {
+    "seed_everything": "give seeds: [1, 2, 3]",
+    "name": "trials have names of their own",
+    "ckpt_path": "every trial starts anew",
+    "report": "it changes no run",
+    "test_at_end": "the test split stays sealed; see --test_winner",
+    "targets": "they change no run",
+    "data.cache_dir": "it changes no run",
+    "trainer.default_root_dir": "trials lie in the sweep's folder",
+}
 WORDS_OF_A_VALUE = (str, int, float, bool, type(None))
 
 
@@ -171,10 +182,15 @@ def _parameters(file: str, told: Any, problems: list[str]) -> dict[str, BaseDist
         return {}
     found = {}
     for key, given in told.items():
-        where = f"{file}: parameters.{key}"
+        where, key = f"{file}: parameters.{key}", str(key).replace(".init_args.", ".")
+        if key in OF_THE_SWEEP:
+            problems.append(f"{where}: not searched: {OF_THE_SWEEP[key]}")
+            continue
+        if key in found:
+            problems.append(f"{where}: named twice, once with init_args and once without")
         try:
-            found[str(key)] = _parameter(given)
-        except ValueError as error:
+            found[key] = _parameter(given)
+        except (ValueError, OverflowError) as error:
             problems.append(f"{where}: {error}")
     return found
 
@@ -182,7 +198,7 @@ def _parameters(file: str, told: Any, problems: list[str]) -> dict[str, BaseDist
 def _parameter(given: Any) -> BaseDistribution:
     if isinstance(given, list):
         return _listed(given)
-    if not isinstance(given, dict) or given.get("distribution") not in DISTRIBUTIONS:
+    if not isinstance(given, dict) or given.get("distribution") not in [*DISTRIBUTIONS]:
         raise ValueError(
             f"give a list of values, or a distribution: {', '.join(DISTRIBUTIONS)} with low and high; got {given!r}"
         )
@@ -214,8 +230,9 @@ def _listed(given: list[Any]) -> CategoricalDistribution:
     wrong = [value for value in given if not isinstance(value, WORDS_OF_A_VALUE)]
     if wrong:
         raise ValueError(f"a value must be a word, a number, true, false or null; got {wrong[0]!r}")
-    if len({(type(value), value) for value in given}) < len(given):
-        raise ValueError(f"{given} names a value twice")
+    alike = [(a, b) for i, a in enumerate(given) for b in given[:i] if a == b or str(a) == str(b)]
+    if alike:
+        raise ValueError(f"{alike[0][1]!r} and {alike[0][0]!r} are the same value")
     return CategoricalDistribution(given)
 
 

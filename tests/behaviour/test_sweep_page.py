@@ -8,11 +8,13 @@ import yaml
 from optuna.trial import TrialState, create_trial
 
 from fine_tune.report.words import Language
+from fine_tune.sweeps.compare import Difference
+from fine_tune.sweeps.ledger import trials_of
 from fine_tune.sweeps.page import write_sweep_page
 from fine_tune.sweeps.space import Sweep
 from fine_tune.sweeps.wandb_file import write_wandb
 
-HOSTILE = "<script>alert(1)</script>"
+HOSTILE = "<script>alert(1)</script> $\\nosuch$"
 PARAMETERS = {
     "model.optimizer.lr": optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True),
     "model.lora.r": optuna.distributions.IntDistribution(4, 16, step=4),
@@ -53,12 +55,16 @@ def test_the_page_tells_all_and_runs_nothing(
 ) -> None:
     metrics = dict(list({"val/loss": "minimize", "seconds": "minimize"}.items())[:num_metrics])
     sweep = Sweep(PARAMETERS, metrics, pruner="none")
-    page = write_sweep_page(study_with(num_metrics), sweep, tmp_path, ["fit it"], language)
+    against = {2: Difference(-0.5, -0.75, -0.25), 1: Difference(0.1, -0.1, 0.3)}
+    study = study_with(num_metrics)
+    trials = trials_of(study)
+    page = write_sweep_page(study, trials, sweep, tmp_path, ["fit it"], against, language)
     html, text = page.read_text(), page.with_suffix(".md").read_text()
     assert "<script" not in html
     assert html.count("data:image/png;base64,") == 2 + num_metrics  # history, slices, parallel ...
     failed = {"en": "failed", "id": "gagal"}[language]
-    for told in (failed, "non-finite", "fit it", "/r/2", "log uniform"):
+    verdicts = {"en": ("better", "cannot tell"), "id": ("lebih baik", "tidak dapat dibedakan")}
+    for told in (*verdicts[language], failed, "non-finite", "fit it", "/r/2", "log uniform"):
         assert told in text
     rows = [line for line in text.splitlines() if line.startswith("| 2 |")]
     assert "←" in rows[0]  # the best one is marked

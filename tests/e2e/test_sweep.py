@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from optuna.trial import TrialState
 
 from fine_tune.runs.run_folder import RunFolder
 from fine_tune.runs.run_lock import is_owned
+from fine_tune.sweeps.ledger import trials_of
 
 GRID = "sampler: grid\nparameters: {{model.optimizer.lr: {values}}}\n"
 
@@ -34,8 +36,8 @@ def study_of(root: Path, name: str = "rates") -> optuna.Study:
 def runs_of(root: Path, name: str = "rates") -> dict[str, list[RunFolder]]:
     logs = root / "lightning_logs" / "sweeps" / name / "lightning_logs"
     return {
-        run.name: [RunFolder(version) for version in sorted(run.glob("version_*"))]
-        for run in sorted(logs.glob("trial_*"))
+        run.name[run.name.index("trial_") :]: [RunFolder(v) for v in sorted(run.glob("version_*"))]
+        for run in sorted(logs.glob("*_trial_*"))
     }
 
 
@@ -104,9 +106,10 @@ def test_two_workers_share_the_trials(fit_args: list[str], tmp_path: Path) -> No
     workers = [start(tmp_path, ["--sweep", str(file), *fit_args]) for _ in range(2)]
     outputs = [worker.communicate(timeout=500)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], outputs
-    trials = study_of(tmp_path).trials
+    trials = trials_of(study_of(tmp_path))
     assert sorted(t.params["model.optimizer.lr"] for t in trials) == [1e-3, 2e-3, 3e-3, 4e-3]
     assert all(t.state == TrialState.COMPLETE for t in trials)
+    assert "Traceback" not in "".join(outputs)
     assert all(len(versions) == 1 for versions in runs_of(tmp_path).values())
 
 
@@ -126,8 +129,53 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_written(
         assert told in outcome.err
         assert "Traceback" not in outcome.err
         assert not (outcome.root / "lightning_logs" / "sweeps").exists()
+    file.write_text("parameters: {data.batch_size: [8]}")
     outcome = command_line("sweep", "--sweep", file, *fit_args, "--storage", "nosuch://x")
     assert outcome.code == 2
+    assert "--storage: 'nosuch://x' cannot be reached" in outcome.err
+    assert not (outcome.root / "lightning_logs" / "sweeps").exists()
+
+
+def test_a_stopped_sweep_says_so_and_a_half_measured_run_is_measured(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    file = sweep_file(tmp_path, "[1e-3]")
+    args = ["--sweep", str(file), *fit_args, "--data.epochs", "40", "--checkpoint.every", "2"]
+    first = start(tmp_path, args)
+    wait_for(lambda: any(v[0].checkpoint("last") for v in runs_of(tmp_path).values()))
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=200)
+    assert first.returncode == 143, out
+    assert "Traceback" not in out
+    run = runs_of(tmp_path)["trial_0000_seed_42"][0]
+    assert run.read()["status"] == "stopped"
+    run.update({"status": "finished"})  # as if it had ended while its result was measured
+    again = start(tmp_path, args)
+    out, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, out
+    assert [r["split"] for r in run.read()["results"]] == ["validation"]
+
+
+def test_seeds_are_told_apart_and_the_winner_alone_is_tested(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "rates.yaml"
+    file.write_text(
+        "sampler: grid\nmetrics: {val/loss: minimize, seconds: minimize}\nseeds: [1, 2, 3]\n"
+        "parameters: {model.optimizer.lr: [1e-3, 1e-9]}\n"
+    )
+    outcome = command_line("sweep", "--sweep", file, *fit_args, "--test_winner")
+    assert outcome.code == 0, outcome.err
+    assert "worse than the config's own setting" in outcome.out
+    runs = runs_of(outcome.root)
+    assert list(runs) == [f"trial_000{i}_seed_{seed}" for i in (0, 1) for seed in (1, 2, 3)]
+    tested = [name for name, (run,) in runs.items() if "test_openings" in run.read()]
+    assert tested in (["trial_0000_seed_1"], ["trial_0001_seed_1"])  # none beats both in all
+    assert np.load(runs["trial_0000_seed_1"][0].path / "validation_rows.npy").shape[1] == 3
+    again = command_line("sweep", "--sweep", file, *fit_args, "--test_winner")
+    assert again.code == 0, again.err
+    openings = [run.read().get("test_openings", []) for (run,) in runs_of(outcome.root).values()]
+    assert sum(map(len, openings)) == 1
 
 
 def wait_for(ready: Callable[[], bool], seconds: float = 200) -> None:

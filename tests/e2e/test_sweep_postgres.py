@@ -84,6 +84,7 @@ def test_two_workers_one_killed_and_the_server_away(
     server.start()
     out, _ = workers[1].communicate(timeout=800)
     assert workers[1].returncode == 0, out
+    assert "Traceback" not in out
     study = optuna.load_study(
         study_name="rates", storage=server.url.replace("postgresql", "postgresql+psycopg")
     )
