@@ -83,9 +83,11 @@ def search(own: argparse.Namespace, settings: list[str]) -> None:
         )
         Worker(ledger, searched, runs, table.say, table.show).work()
         trials = ledger.trials()
-    _finish(study, trials, searched, plan, folder, console, settings, shipped)
+    _finish(study, trials, searched, plan, folder, console, settings, shipped, patience)
     if own.test_winner:
-        _test_winner(study, best_first(trials, searched.metrics)[0], lock)
+        winner = best_first(trials, searched.metrics)[0]
+        if patience(lambda: _is_first(study, winner, lock)):
+            _test(RunFolder(Path(winner.user_attrs[RUNS][0])))
 
 
 def _opened(
@@ -141,6 +143,7 @@ def _finish(
     console: Console,
     settings: list[str],
     shipped: list[Setting],
+    patience: Patience,
 ) -> None:
     ranked = best_first(trials, searched.metrics)
     against: dict[int, Difference] = against_shipped(trials, shipped)
@@ -161,7 +164,9 @@ def _finish(
         f"wandb sweep {shlex.quote(str(wandb))}",
     ]
     language: Language = plan.settings.report or "en"
-    page = write_sweep_page(study, trials, searched, folder, commands, against, language)
+    page = patience(
+        lambda: write_sweep_page(study, trials, searched, folder, commands, against, language)
+    )
     console.print(f"best: trial {number_of(winner)}, {run}")
     console.print(f"next: {commands[0]}")
     for command in commands[1:]:
@@ -169,16 +174,20 @@ def _finish(
     console.print(f"report: {page}")
 
 
-def _test_winner(study: Study, winner: FrozenTrial, lock: AbstractContextManager[Any]) -> None:
-    """Open the test split for the best setting, by one worker, once."""
-    run = RunFolder(Path(winner.user_attrs[RUNS][0]))
-    if not (run.path / "config.yaml").is_file():
-        raise UserError(f"--test_winner: '{run.path}' is not on this machine; test it on its own")
+def _is_first(study: Study, winner: FrozenTrial, lock: AbstractContextManager[Any]) -> bool:
+    """Whether no worker has tested this winner yet; from now on one has."""
     with lock:
         if study.user_attrs.get(TESTED) == winner.number:
-            return
+            return False
         study.set_user_attr(TESTED, winner.number)
-    code = run_cli(["test", "--config", str(run.path / "config.yaml"), "--ckpt_path", "best"])
+        return True
+
+
+def _test(run: RunFolder) -> None:
+    config = run.path / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"--test_winner: '{run.path}' is not on this machine; test it on its own")
+    code = run_cli(["test", "--config", str(config), "--ckpt_path", "best"])
     if code:
         raise UserError(f"--test_winner: test ended with exit code {code}")
 

@@ -10,7 +10,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from fine_tune.errors import UserError
@@ -19,6 +19,7 @@ from fine_tune.sweeps.space import Sweep
 T = TypeVar("T")
 STORAGE_SECONDS = 600.0  # that a storage may be down, in the middle
 STARTUP_TRIALS = 5  # drawn by chance, before the sampler and the pruner know anything
+SCHEMA_TRIES = 5
 IDENTITY, ID, READY = "identity", "id", "ready"
 AWAY = (SQLAlchemyError, StorageInternalError, ConnectionError)
 
@@ -33,34 +34,43 @@ def open_storage(url: str, grace_seconds: int) -> RDBStorage:
     Raises:
         UserError: It cannot be reached, or is of an unknown kind.
     """
-    shown = url
+    shown = f"{url.split('://')[0]}://..." if "@" in url else url  # its password is not known yet
     try:
         address = make_url(url)
         shown = address.set(query={}).render_as_string(hide_password=True)
         if address.drivername == "postgresql":
             address = address.set(drivername="postgresql+psycopg")  # the driver of our extra
-        local = address.drivername.startswith("sqlite")
-        options: dict[str, Any] = {"connect_args": {"timeout": 60}} if local else {}
-        with quiet():
-            return RDBStorage(
-                address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
-                engine_kwargs=options if local else {"pool_pre_ping": True},
-                heartbeat_interval=max(1, grace_seconds // 6),
-                grace_period=grace_seconds,
-            )
+        return _connected(address, grace_seconds)
     except ImportError as error:
         raise UserError(
             f"--storage: '{shown}' needs a package: {error}; pip install 'fine-tune[sweep]'"
         ) from error
     except (*AWAY, ValueError, KeyError, RuntimeError) as error:
-        if (
-            "@" in shown and shown is url
-        ):  # it could not be read, so the password in it is not known
-            shown = f"{url.split('://')[0]}://...@{url.rpartition('@')[2]}"
         raise UserError(
             f"--storage: '{shown}' cannot be reached or is of no kind that is known: {told(error)}; give "
             "sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE"
         ) from error
+
+
+def _connected(address: URL, grace_seconds: int) -> RDBStorage:
+    local = address.drivername.startswith("sqlite")
+    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if local else {}
+    text = address.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    for left in reversed(range(SCHEMA_TRIES)):
+        try:
+            with quiet():
+                return RDBStorage(
+                    text,
+                    engine_kwargs=options if local else {"pool_pre_ping": True},
+                    heartbeat_interval=max(1, grace_seconds // 6),
+                    grace_period=grace_seconds,
+                )
+        except AWAY as error:
+            another = any(words in str(error) for words in ("already exists", "duplicate key"))
+            if not another or not left:  # else another worker is making the tables, too
+                raise
+            time.sleep(1)
+    raise AssertionError
 
 
 def open_study(

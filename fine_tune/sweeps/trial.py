@@ -173,10 +173,8 @@ def _run(
         )
         try:
             ended_early = _watch(process, runs, number, seed, metric, seen)
-        except BaseException:
-            stop(
-                process
-            )  # the driver was stopped: the run saves itself, and goes on when its trial does
+        except BaseException:  # this worker is stopped: the run saves itself, and goes on later
+            stop(process)
             raise
     if ended_early:
         raise EndedEarly
