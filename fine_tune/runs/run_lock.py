@@ -16,9 +16,7 @@ from fine_tune.runs import slurm
 
 log = logging.getLogger("fine_tune")
 LOCK, OWNER = ".lock", ".owner.json"
-TAKE_OVER_VARIABLE = (
-    "FINE_TUNE_TAKE_OVER"  # set by who knows that the owner on another machine is gone
-)
+TAKE_OVER_VARIABLE = "FINE_TUNE_TAKE_OVER"  # by a sweep: an owner on another machine is gone
 ORPHANS_SECONDS = 20.0  # data workers of a killed process hold its lock until they notice
 
 
@@ -27,7 +25,8 @@ class RunLock:
 
     The lock is the kernel's (``flock``), so it ends with the process however that ends. ``.owner.json`` beside it says
     who holds it. A record left behind by a process of this machine, or by an earlier start of the same SLURM job, is
-    stale and taken over; one of another machine cannot be looked into, and is refused.
+    stale and taken over; one of another machine cannot be looked into, and is refused, but for a sweep, which knows
+    when a worker is gone.
 
     Args:
         folder: The run folder.

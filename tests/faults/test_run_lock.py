@@ -13,7 +13,7 @@ from processes import SLOW, assert_same_run, resume, start, wait_for_step
 
 from fine_tune.errors import UserError
 from fine_tune.runs.run_folder import RunFolder, new_version
-from fine_tune.runs.run_lock import LOCK, OWNER, RunLock
+from fine_tune.runs.run_lock import LOCK, OWNER, TAKE_OVER_VARIABLE, RunLock
 
 
 @pytest.fixture
@@ -94,6 +94,17 @@ def test_a_lock_of_another_machine_is_refused_with_the_way_to_remove_it(folder: 
     assert f"remove '{folder / OWNER}'" in str(refused.value)
     (folder / OWNER).unlink()
     RunLock(folder, "fit").release()
+
+
+def test_a_sweep_takes_over_from_a_worker_on_another_machine_that_is_gone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_owner(folder, host="node7")
+    monkeypatch.setenv(TAKE_OVER_VARIABLE, "1")
+    lock = RunLock(folder, "fit")
+    with pytest.raises(UserError, match="is in use"):  # but never from one that has the lock
+        RunLock(folder, "fit")
+    lock.release()
 
 
 def test_a_requeued_job_takes_over_from_its_start_on_another_machine(
