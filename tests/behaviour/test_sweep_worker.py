@@ -84,6 +84,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Measured]) -> No
     monkeypatch.setattr(driver, "run_setting", run)
 
 
+def meanwhile(monkeypatch: pytest.MonkeyPatch, do: Callable[[], Any]) -> list[int]:
+    """Let something happen during the first run; return the trials' numbers; losses count the runs."""
+    tries: list[int] = []
+
+    def run(*given: Any) -> Measured:
+        tries.append(given[1])
+        if len(tries) == 1:
+            do()
+        return done(float(len(tries)))
+
+    pretend(monkeypatch, run)
+    return tries
+
+
 def done(*values: float) -> Measured:
     return Measured([{"val/loss": value} for value in values], ["r"])
 
@@ -224,15 +238,7 @@ def test_a_worker_taken_for_dead_leaves_its_trial_to_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = opened(tmp_path)
-    tries: list[int] = []
-
-    def run(*given: Any) -> Measured:
-        tries.append(given[1])
-        if len(tries) == 1:  # meanwhile, another worker takes it for dead
-            study.tell(0, state=TrialState.FAIL)
-        return done(float(len(tries)))
-
-    pretend(monkeypatch, run)
+    tries = meanwhile(monkeypatch, lambda: study.tell(0, state=TrialState.FAIL))  # taken for dead
     work(study, 1)
     assert tries == [0, 0]
     assert [t.values for t in trials_of(study)] == [[2.0]]
@@ -278,16 +284,8 @@ def test_a_storage_away_while_a_trial_runs_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = opened(tmp_path)
-    tries: list[int] = []
-
-    def run(*given: Any) -> Measured:
-        tries.append(given[1])
-        if len(tries) == 1:
-            away.times = 3
-        return done(1.0)
-
-    pretend(monkeypatch, run)
     away = Away(monkeypatch, 0)
+    tries = meanwhile(monkeypatch, lambda: setattr(away, "times", 3))
     work(study, 2)
     assert len(tries) == 2
     assert [t.state for t in trials_of(study)] == [TrialState.COMPLETE] * 2
