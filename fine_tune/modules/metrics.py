@@ -35,7 +35,7 @@ class TokenMetrics(Metric):
         self.add_state("products", torch.zeros(3, 3, dtype=wide), dist_reduce_fx="sum")
 
     def update(self, nll_N: Tensor, correct_N: Tensor, row_lengths: list[int]) -> None:
-        """Add one micro-batch.
+        """Add one micro-batch: all of it, or none where memory runs out.
 
         Args:
             nll_N: The NLL of each supervised token in nats.
@@ -43,13 +43,14 @@ class TokenMetrics(Metric):
             row_lengths: Supervised tokens of each row, in the order of the tokens.
         """
         wide_N = nll_N.to(self.nll_sum.dtype)
-        self.nll_sum += wide_N.sum()
-        self.num_tokens += len(nll_N)
-        self.num_correct += correct_N.sum()
-        self.num_rows += len(row_lengths)
         tokens_N3 = torch.stack([torch.ones_like(wide_N), wide_N, correct_N.to(wide_N.dtype)], 1)
-        rows_R3 = torch.stack([row_3N.sum(0) for row_3N in tokens_N3.split(row_lengths)])
-        self.products += rows_R3.T @ rows_R3
+        rows_R3 = torch.stack([row_N3.sum(0) for row_N3 in tokens_N3.split(row_lengths)])
+        nll_sum, num_correct, products = wide_N.sum(), correct_N.sum(), rows_R3.T @ rows_R3
+        self.nll_sum += nll_sum
+        self.num_tokens += len(nll_N)
+        self.num_correct += num_correct
+        self.num_rows += len(row_lengths)
+        self.products += products
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``loss`` (nats per token), ``perplexity`` (inf past the largest float), ``token_accuracy``.
@@ -136,10 +137,11 @@ class PreferenceMetrics(Metric):
         self.add_state("num_pairs", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss_B: Tensor, *measured: Tensor) -> None:
-        """Add pairs: their losses, and what ``names`` names, one value each."""
+        """Add pairs: their losses, and what ``names`` names, one value each; all, or none where memory runs out."""
         values = torch.stack([loss_B, *measured]).to(self.sums.dtype)
-        self.sums += values.sum(1)
-        self.squares += values.square().sum(1)
+        sums, squares = values.sum(1), values.square().sum(1)
+        self.sums += sums
+        self.squares += squares
         self.num_pairs += len(loss_B)
 
     def compute(self) -> dict[str, Tensor]:

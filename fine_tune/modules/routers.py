@@ -71,15 +71,15 @@ class Routers:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         given = self._given
-        self.count(real_P)
+        self.add(self.chosen(real_P))
         with torch.set_grad_enabled(self.coefficient != 0 and torch.is_grad_enabled()):
             loss = load_balancing_loss_func(given, self.num_experts, self.top_k, real_P)  # type: ignore[arg-type]
         assert isinstance(loss, Tensor)  # it is a number only where nothing is given
         return loss
 
     @torch.no_grad()
-    def count(self, real_P: Tensor | None) -> None:
-        """Count what the forward pass at hand chose; see ``balance_loss``."""
+    def chosen(self, real_P: Tensor | None) -> Tensor:
+        """Return what the forward pass at hand chose, for ``add``; see ``balance_loss``."""
         given, self._given = self._given, ()
         real_P = torch.ones_like(given[0][:, 0]) if real_P is None else real_P
         weights_P, layers = real_P.float(), []
@@ -90,8 +90,14 @@ class Routers:
             counts_E = torch.zeros(self.num_experts, device=weights_P.device)
             counts_E.scatter_add_(0, chosen, weights_P.repeat_interleave(self.top_k))
             layers.append(torch.cat([counts_E, torch.stack([entropy, weights_P.sum()])]))
-        before_LF, now_LF = self._counted_LF, torch.stack(layers)
-        self._counted_LF = now_LF if before_LF is None else before_LF + now_LF
+        return torch.stack(layers)
+
+    def add(self, chosen_LF: Tensor) -> None:
+        """Count what a forward pass chose; takes no memory."""
+        if self._counted_LF is None:
+            self._counted_LF = chosen_LF
+        else:
+            self._counted_LF += chosen_LF
 
     def figures(self, device: torch.device, world_size: int) -> dict[str, Tensor]:
         """Return what was counted since ``restart``, over all ranks, per layer; to be asked for on every rank.

@@ -44,15 +44,18 @@ def summed_nll(module: "SFT", batch: SFTBatch) -> Tensor:
 
 
 def measure(module: "SFT", batch: SFTBatch) -> None:
-    """Add a micro-batch of an evaluation split to the module's metrics."""
+    """Add a micro-batch of an evaluation split to the module's metrics: all of it, or none where memory runs out."""
     logits_NV, targets_N = _supervised_logits(module, batch)
-    correct_N = logits_NV.argmax(-1) == targets_N
-    if module.routers is not None:
-        module.routers.count(real_tokens(module, batch))
+    correct_N, routers = logits_NV.argmax(-1) == targets_N, module.routers
     nll_N, counts = nll_per_token(logits_NV, targets_N), batch["num_supervised"]
-    module.metrics.update(nll_N, correct_N, counts)
+    chosen_LF = None if routers is None else routers.chosen(real_tokens(module, batch))
+    losses_B = None
     if module.compares_rows:
-        losses_B = torch.stack([nll.sum() for nll in nll_N.split(counts)])
+        losses_B = torch.stack([nll_of_row_N.sum() for nll_of_row_N in nll_N.split(counts)])
+    module.metrics.update(nll_N, correct_N, counts)
+    if routers is not None and chosen_LF is not None:
+        routers.add(chosen_LF)
+    if losses_B is not None:
         module.row_losses.update(batch["row_ids"], counts, losses_B)
 
 

@@ -9,6 +9,8 @@ import pytest
 from harness import REPOSITORY, CommandLine
 from small_models import save_small_model
 
+from fine_tune.runs.row_losses import read_row_losses
+
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
 
 
@@ -45,6 +47,8 @@ def test_one_ranks_out_of_memory_makes_all_take_smaller_parts(
     assert ours == pytest.approx(theirs, rel=1e-5)
     (event,) = single.run("together").read()["events"]
     assert event["step"] == 3
+    rows = [read_row_losses(single.run(name)) for name in ("together", "single")]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)  # of each validation row: id, count, loss
 
 
 def test_one_ranks_nan_lowers_the_precision_of_all(
