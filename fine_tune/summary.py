@@ -8,6 +8,7 @@ from fine_tune.batches import Choice, DataPlan
 from fine_tune.callbacks.generations import GENERATIONS_FILE, before_after_table, read_generations
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.report.targets import judge
+from fine_tune.runs.results import own_results
 from fine_tune.runs.run_folder import RunFolder
 
 
@@ -119,7 +120,7 @@ def resume(run: RunFolder) -> str:
 def reached(run: RunFolder, targets: dict[str, float]) -> list[str]:
     """Lines that say which targets were reached."""
     lines = []
-    for target in judge(run.read().get("results", []), targets):
+    for target in judge(own_results(run.read()), targets):
         told = "not measured, the run stopped before it"
         if target.measured is not None:
             verdict = "reached" if target.is_reached else "missed"

@@ -11,7 +11,7 @@ import yaml
 from peft import LoraConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from fine_tune import adapters, models
+from fine_tune import adapters, models, modules
 from fine_tune.errors import UserError
 from fine_tune.model_config import first_line
 from fine_tune.modules.model_settings import ModelSettings
@@ -20,7 +20,7 @@ from fine_tune.runs.run_folder import RunFolder
 from fine_tune.runs.stored_checkpoints import newest_whole
 
 log = logging.getLogger("fine_tune")
-HEADS: dict[str, models.Head] = {"SFT": "lm", "DPO": "lm", "Reward": "score"}
+HEADS: dict[str, models.Head] = {name: getattr(modules, name).head for name in modules.__all__}
 MODEL_FIELDS = (
     *("model_name_or_path", "revision", "from_config", "tokenizer"),
     *("attn_implementation", "quantization"),

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fine_tune.batches import data_of, plan_of
 from fine_tune.errors import UserError
 from fine_tune.losses import IGNORE_INDEX
-from fine_tune.runs.answers import ANOTHER, is_another, shares_of
+from fine_tune.runs.answers import OF_ANSWERS, counts_of
 from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
@@ -59,12 +59,14 @@ class Generations(Callback):
         if limit and cast(Any, pl_module).can_generate:
             answers = self._answer(trainer, pl_module, "test", _stage(trainer, "test"), int(limit))
             if trainer.is_global_zero:
-                shares = shares_of(answers)
-                values = {f"test/{name}": share for name, share in shares.items()}
+                counts = counts_of(answers)
+                cast(Any, pl_module).counted = {n: (c, len(answers)) for n, c in counts.items()}
+                values = {name: count / len(answers) for name, count in counts.items()}
                 pl_module.log_dict(values, rank_zero_only=True, logger=False)
-                told = [f"{sum(a['exact_match'] for a in answers)} of {len(answers)} match exactly"]
-                if ANOTHER in shares:
-                    told.append(f"{sum(is_another(answers))} are the answer to another row")
+                exact, another = (counts.get(name) for name in OF_ANSWERS)
+                told = [f"{exact} of {len(answers)} match exactly"]
+                if another is not None:
+                    told.append(f"{another} are the answer to another row")
                 log.info("test: %s", ", ".join(told))
 
     def asks(self, trainer: Trainer, pl_module: Any) -> bool:

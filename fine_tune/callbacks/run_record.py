@@ -63,6 +63,7 @@ class RunRecord(Callback):
                     "num_steps": plan.num_steps,
                     "steps_per_epoch": plan.steps_per_epoch,
                     "num_rows": plan.num_rows,
+                    "test_hash": plan.test_hash,
                     "num_tokens": plan.num_tokens,
                     "num_supervised": plan.num_supervised,
                     "model": {"parameters": total, "trained": trained},
@@ -124,8 +125,12 @@ class RunRecord(Callback):
                 if "/" in name
             }
             checkpoint = Path(str(trainer.ckpt_path)).name if trainer.ckpt_path else None
-            entry = {"time": _now(), "split": split, "checkpoint": checkpoint, "metrics": metrics}
-            entry["intervals"] = pl_module.intervals
+            entry: dict[str, Any] = {"time": _now(), "split": split, "checkpoint": checkpoint}
+            entry |= {"metrics": metrics, "intervals": pl_module.intervals}
+            if split == "test":  # of the run's own rows, or of others
+                plan = plan_of(trainer)
+                entry |= {"test_hash": plan.test_hash, "num_rows": plan.num_rows["test"]}
+                entry["counted"] = {name: list(pair) for name, pair in pl_module.counted.items()}
             run.update({"results": [*run.read().get("results", []), entry]})
             if split == "validation" and pl_module.measured_rows is not None:
                 write_row_losses(run, pl_module.measured_rows)

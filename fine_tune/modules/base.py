@@ -140,6 +140,9 @@ class StepModule(LightningModule):
         )
         self.throughput = Throughput()
         self.intervals: dict[str, list[float]] = {}  # of 95 %, of what was measured last
+        self.counted: dict[
+            str, tuple[int, int]
+        ] = {}  # shares of it that are counts: how many of how many
         self._grad_norm = torch.zeros(())
         self.starts_from_checkpoint = False  # the command line knows before Lightning tells
         # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained

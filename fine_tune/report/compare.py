@@ -122,7 +122,7 @@ def _results(runs: list[RunRecord], names: list[str], verdicts: list[str], words
 def _measured(run: RunRecord, words: Words) -> dict[str, str]:
     shown = {}
     for split, prefix in (("validation", "val/"), ("test", "test/")):
-        for result in run.results(split)[-1:]:
+        for result in run.own_results(split)[-1:]:
             for name, value in result["metrics"].items():
                 if name.startswith(prefix) and not name.endswith(("_low", "_high")):
                     ends, _ = interval_of(run, result, name)

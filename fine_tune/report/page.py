@@ -75,7 +75,7 @@ def _cards(run: RunRecord, words: Words) -> list[Card]:
     if len(train):
         where = words("at_step", step=int(train.steps[-1]))
         cards.append(Card(words("train_loss"), words.number(float(train.values[-1])), where))
-    tested = run.results("test")[-1:]
+    tested = run.own_results("test")[-1:]
     for result, name in [(r, n) for r in tested for n in HEADLINES if n in r["metrics"]][:2]:
         ends, _ = interval_of(run, result, name)
         note = f"{words('interval_95')}: {shown_interval(ends, words)}" if ends else ""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fine_tune.runs.results import is_of_own_rows
 from fine_tune.runs.run_folder import RECORD, RunFolder, status_of
 from fine_tune.runs.run_lock import is_owned
 
@@ -102,6 +103,10 @@ class RunRecord:
         """Return a setting that has to be a number; None where it is not."""
         value = self.setting(key)
         return value if is_number(value) else None
+
+    def own_results(self, split: str) -> list[dict[str, Any]]:
+        """Return what was measured of the run's own rows of a split, and not of others, oldest first."""
+        return [r for r in self.results(split) if is_of_own_rows(self.record, r)]
 
     def results(self, split: str) -> list[dict[str, Any]]:
         """Return what was measured of a split after training, oldest first."""

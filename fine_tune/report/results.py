@@ -5,10 +5,11 @@ from typing import Any
 from fine_tune.report.analysis import Tone
 from fine_tune.report.blocks import Section, Sentences, Table
 from fine_tune.report.intervals import wilson
-from fine_tune.report.record import RunRecord
+from fine_tune.report.record import RunRecord, is_number
 from fine_tune.report.targets import Target, judge
 from fine_tune.report.words import Words
 from fine_tune.runs.answers import ANOTHER, OF_ANSWERS, is_another
+from fine_tune.runs.results import is_of_own_rows
 
 MOST_ANSWERS, MOST_CHARACTERS = 16, 400
 Ends = tuple[float, float]
@@ -23,13 +24,15 @@ def test(run: RunRecord, words: Words) -> Section:
     for result in results:
         when = str(result.get("time", "?"))[:16].replace("T", " ")
         checkpoint = str(result.get("checkpoint") or words("as_configured"))
+        tested = _tested(run, result, words)
         for name in result["metrics"]:
             if name.startswith("test/") and not name.endswith(("_low", "_high")):
                 value = words.number(float(result["metrics"][name]))
                 ends, counted = interval_of(run, result, name)
                 told = words("no_interval") if ends is None else shown_interval(ends, words)
-                rows.append([name, value, told, counted, checkpoint, when])
-    head = [words(k) for k in ("metric", "value", "interval_95", "counted", "checkpoint", "when")]
+                rows.append([name, value, told, counted, tested, checkpoint, when])
+    head = [words(k) for k in ("metric", "value", "interval_95", "counted", "tested_rows")]
+    head += [words("checkpoint"), words("when")]
     opened = words("opened", count=len(run.record.get("test_openings", results)))
     table = Table(head, rows, note=words("interval_note"), stacks=True)
     return Section("test", words("test"), [Sentences([("note", opened)]), table])
@@ -44,7 +47,13 @@ def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends
         ends = tuple(noted) if isinstance(noted, list) and len(noted) == 2 else (None, None)
     if all(isinstance(end, int | float) for end in ends):
         return (float(ends[0]), float(ends[1])), ""  # type: ignore[arg-type]
-    if name in OF_ANSWERS:
+    counted = result.get("counted")
+    pair = counted.get(name) if isinstance(counted, dict) else None
+    if isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) and pair[1] > 0:
+        return wilson(pair[0] / pair[1], int(pair[1])), f"{int(pair[0])} / {int(pair[1])}"
+    if (
+        name in OF_ANSWERS
+    ):  # of a record without counts: from the answers, where they are of this test alone
         stage = f"test {result.get('checkpoint') or 'untrained'}"
         answers = [answer for answer in run.answers if answer.get("stage") == stage]
         counts = {
@@ -57,6 +66,15 @@ def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends
     return None, ""
 
 
+def _tested(run: RunRecord, result: dict[str, Any], words: Words) -> str:
+    """Say on which rows: the run's own test split, or others."""
+    count = result.get("num_rows")
+    rows = words.number(count) if is_number(count) else words("unknown")
+    if is_of_own_rows(run.record, result):
+        return rows
+    return words("other_rows", rows=rows, hash=str(result.get("test_hash"))[:8])
+
+
 def shown_interval(ends: Ends, words: Words) -> str:
     """Write an interval."""
     return " – ".join(words.number(end).replace("-", "−") for end in ends)
@@ -67,7 +85,7 @@ def judged(run: RunRecord) -> list[Target]:
     given = run.setting("targets")
     known = given.items() if isinstance(given, dict) else ()
     goals = {str(name): float(goal) for name, goal in known if isinstance(goal, int | float)}
-    return judge(run.results("validation") + run.results("test"), goals)
+    return judge(run.own_results("validation") + run.own_results("test"), goals)
 
 
 def targets(run: RunRecord, words: Words) -> Section:

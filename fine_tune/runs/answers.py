@@ -12,12 +12,12 @@ def is_another(answers: list[dict[str, Any]]) -> list[bool]:
     return [not a.get("exact_match") and str(a.get("answer")) in expected for a in answers]
 
 
-def shares_of(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the shares of exact matches and, where rows have answers in common, of other rows' answers."""
-    shares = {"exact_match": sum(bool(a.get("exact_match")) for a in answers) / len(answers)}
+def counts_of(answers: list[dict[str, Any]]) -> dict[str, int]:
+    """Count exact matches and, where rows have answers in common, other rows' answers, by the metrics' names."""
+    counts = {OF_ANSWERS[0]: sum(bool(a.get("exact_match")) for a in answers)}
     if len(_expected(answers)) < len(answers):
-        shares[ANOTHER] = sum(is_another(answers)) / len(answers)
-    return shares
+        counts[OF_ANSWERS[1]] = sum(is_another(answers))
+    return counts
 
 
 def _expected(answers: list[dict[str, Any]]) -> set[str]:

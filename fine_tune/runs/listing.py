@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fine_tune.errors import UserError
+from fine_tune.runs.results import own_results
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder, status_of
 from fine_tune.runs.run_lock import is_owned
 
@@ -52,7 +53,7 @@ def list_runs(root: Path) -> tuple[list[Listed], list[str]]:
 def _describe(path: Path, record: dict[str, Any], opened: dict[str, set[str]]) -> Listed:
     run = RunFolder(path)
     status, config = status_of(record, is_owned=is_owned(path)), _config(path)
-    tests = [result for result in record.get("results", []) if result["split"] == "test"]
+    tests = [result for result in own_results(record) if result["split"] == "test"]
     metrics = tests[-1]["metrics"] if tests else {}
     hashes = {opening.get("test_hash") for opening in record.get("test_openings", [])}
     starts = record.get("starts", [])
@@ -62,7 +63,7 @@ def _describe(path: Path, record: dict[str, Any], opened: dict[str, set[str]]) -
         "run": run.name,
         "status": status,
         "resumable": status in RESUMABLE and run.checkpoint("last") is not None,
-        "step": int(record.get("step", newest)),
+        "step": int(newest if status in ("running", "killed") else record.get("step", newest)),
         "num_steps": _number(record.get("num_steps")),
         "model": _model(config),
         "data": _data(config),

@@ -253,3 +253,17 @@ def test_texts_can_be_looked_at(command_line: CommandLine, text_args: list[str])
     assert all("texts.txt:" in line for line in shown)
     again = command_line("analyze", "--config", run.path / "config.yaml", root=False)
     assert again.code == 0, again.err
+
+
+def test_what_was_pretrained_can_be_used_as_its_end_says(
+    command_line: CommandLine, text_args: list[str], tmp_path: Path
+) -> None:
+    outcome = command_line("fit", *text_args)
+    assert outcome.code == 0, outcome.err
+    run = outcome.run().path
+    assert f"python -m fine_tune export {run}" in outcome.out
+    exported = command_line("export", run, "--output", tmp_path / "exported")
+    assert exported.code == 0, exported.err
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    said = command_line("chat", run, "--once", "ibu kota")
+    assert said.code == 0, said.err

@@ -59,6 +59,31 @@ def test_fit_and_test_write_the_report_and_say_where(
     assert report_of(folder).texts["p.badge good"] == "finished"
 
 
+def test_a_test_on_other_rows_is_told_apart_from_the_runs_own(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    targets = ["--targets", '{"test/exact_match": 0.0}', "--generations.test_rows", "all"]
+    fitted = command_line("fit", *fit_args, *targets, "--test_at_end", "true")
+    assert fitted.code == 0, fitted.err
+    rows = [{"question": f"Ibu kota ke-{i}?", "answer": "Jakarta"} for i in range(7)]
+    other, config = write_rows(tmp_path / "other.jsonl", rows), fitted.run().path / "config.yaml"
+    command = ["test", "--config", config, "--ckpt_path", "best", "--report", "en"]
+    train = fit_args[fit_args.index("--data.path") + 1]
+    paths = json.dumps({"train": train, "test": str(other)})
+    tested = command_line(*command, "--data.path", paths, root=False)
+    assert tested.code == 0, tested.err
+    page = report_of(fitted.run().path)
+    shown = [row for row in page.rows("test") if row["metric"] == "test/exact_match"]
+    own, others = fitted.run().read()["results"][-2:]
+    assert [row["rows"].split()[0] for row in shown] == [str(own["num_rows"]), "7"]
+    assert "others" in shown[1]["rows"] and "others" not in shown[0]["rows"]
+    assert [row["counted"].split(" / ")[1] for row in shown] == [str(own["num_rows"]), "7"]
+    assert all("–" in row["95 % interval"] for row in shown)  # each of its own answers
+    assert others["metrics"]["test/loss"] != own["metrics"]["test/loss"]
+    (listed,) = json.loads(command_line("runs", "--json", "--root", fitted.root).out)
+    assert listed["test"]["test/loss"] == own["metrics"]["test/loss"]
+
+
 def test_a_report_that_cannot_be_written_is_one_line_and_no_failure(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from fine_tune.commands.make_qa import SPLITS, make_qa, split_rows
 from fine_tune.corpus.fact_texts import fact_texts
 from fine_tune.corpus.facts import read_relations
 from fine_tune.errors import UserError
-from fine_tune.runs.answers import is_another, shares_of
+from fine_tune.runs.answers import counts_of, is_another
 
 FILES = [
     REPOSITORY / "fine_tune" / "quickstart" / "facts.yaml",
@@ -145,7 +145,7 @@ def test_a_wrong_answer_that_another_row_expects_is_told_apart() -> None:
         {"expected": "Dili", "answer": "Dili", "exact_match": True},
     ]
     assert is_another(answers) == [False, True, False, False]
-    assert shares_of(answers) == {"exact_match": 0.5, "another_answer": 0.25}
+    assert counts_of(answers) == {"test/exact_match": 2, "test/another_answer": 1}
     assert is_another([{"stage": "test"}, *answers]) == [
         False,
         False,
@@ -153,4 +153,4 @@ def test_a_wrong_answer_that_another_row_expects_is_told_apart() -> None:
         False,
         False,
     ]  # damaged
-    assert shares_of(answers[:3]) == {"exact_match": pytest.approx(1 / 3)}  # nothing in common
+    assert counts_of(answers[:3]) == {"test/exact_match": 1}  # nothing in common
