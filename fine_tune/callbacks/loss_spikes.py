@@ -37,9 +37,7 @@ class LossSpikes(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = float(
-            outputs["loss"]
-        )  # known to the host already: the step has checked that it is finite
+        loss = float(outputs["loss"])  # on the host already: the step has looked at it
         limit = spike_limit(self._losses)
         self._losses = [*self._losses, loss][-WINDOW:]
         if limit is None or loss <= limit or self._num_recorded >= MOST_RECORDED:

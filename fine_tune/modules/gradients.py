@@ -34,8 +34,8 @@ class StepGradient:
     """What the rows of a step gave, over all ranks; the gradient itself lies in the parameters.
 
     Args:
-        loss: The step's loss, without its graph.
-        norm: Of the gradient; scaled, under a gradient scaler.
+        loss: The step's loss, without its graph, on the host.
+        norm: Of the gradient, on the host; scaled, under a gradient scaler.
         metrics: Means over the step of what the module measures beside its loss.
         num_tokens: Tokens of the step's rows.
         failure: Why the gradient cannot be used, if so: then there is none, and nothing else has changed.
@@ -90,7 +90,8 @@ def gradients(module: "StepModule", batch: Any) -> StepGradient:
     sum_gradients_over_ranks(trained, device, world_size)
     loss, *means = sum_over_ranks(sums, device, world_size)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-    if not torch.isfinite(loss + norm):  # the step's one wait for the device
+    loss, norm = torch.stack([loss, norm]).cpu().unbind()  # the step's one wait for the device
+    if not torch.isfinite(loss + norm):
         return StepGradient(loss, norm, failure=_failure(module, "non_finite", batch, float(loss)))
     return StepGradient(loss, norm, dict(zip(module.step_metrics, means, strict=True)), num_tokens)
 

@@ -68,4 +68,5 @@ def log_step(module: "StepModule", gradient: StepGradient, throughput: Throughpu
         values |= {f"train_{name}": value for name, value in module.interval_metrics().items()}
         if module.device.type == "cuda":
             values["perf/vram_peak_gib"] = torch.cuda.max_memory_allocated(module.device) / 2**30
-    module.log_dict(values)
+    # Lightning would copy a plain number to the device, and wait until it is there
+    module.log_dict({name: torch.as_tensor(value) for name, value in values.items()})
