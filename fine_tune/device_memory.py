@@ -9,6 +9,13 @@ import psutil
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 
+MEMORY_ERRORS = (RuntimeError, MemoryError)  # the types that memory's errors have
+LIBRARIES_WORDS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+
 
 class DeviceMemory(Protocol):
     """What a guard may ask of a device; all sizes in bytes."""
@@ -123,5 +130,7 @@ def device_name(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
+    """Whether an error, one of ``MEMORY_ERRORS``, says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_oom_error(error):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in LIBRARIES_WORDS)

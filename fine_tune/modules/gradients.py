@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fine_tune.batches import StepFailure, cut_by_tokens
-from fine_tune.device_memory import is_out_of_memory
+from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
 from fine_tune.errors import GoBack
 from fine_tune.modules.packing import attending_by
 from fine_tune.modules.precision import lowered
@@ -78,7 +78,7 @@ def gradients(module: "StepModule", batch: Any) -> StepGradient:
                     module.trainer.strategy.backward(micro_loss, None)
                 parts = [micro_loss.detach(), *(other / count for other in others)]
                 sums = sums + torch.stack(parts)
-    except RuntimeError as error:
+    except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
         out_of_memory = True  # dealt with below: the traceback holds the activations
@@ -111,7 +111,7 @@ def update(module: "StepModule", take_step: Callable[[], None]) -> None:
         out_of_memory = False
         try:
             take_step()
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
