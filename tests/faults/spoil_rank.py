@@ -12,14 +12,27 @@ class SpoilRank(Callback):
     Args:
         rank: Which.
         step: The optimizer step, from 1.
-        how: ``memory``, or ``nan`` while autocast is on.
+        how: ``memory``; ``update``: of the optimizer, the first time; or ``nan`` while autocast is on.
     """
 
     def __init__(self, rank: int = 1, step: int = 3, how: str = "memory") -> None:
         self.rank, self.step, self.how = rank, step, how
         self._done = False
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.how != "update" or trainer.global_rank != self.rank:
+            return
+        original = torch.optim.AdamW.step
+
+        def spoiled(*_: Any, **__: Any) -> Any:
+            torch.optim.AdamW.step = original  # type: ignore[method-assign]
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+        torch.optim.AdamW.step = spoiled  # type: ignore[method-assign]
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.how == "update":
+            return
         original = pl_module.loss_sums
 
         def spoiled(micro_batch: Any) -> tuple[torch.Tensor]:

@@ -256,6 +256,29 @@ def test_the_rehearsal_finds_the_budget_before_step_1(
     assert outcome.out.index("out of memory") < outcome.out.index("rehearsed:")
 
 
+@pytest.mark.parametrize("where", ["its state", "its gradients"])
+@pytest.mark.usefixtures("device")
+def test_an_optimizer_whose_state_does_not_fit_is_told_before_step_1(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    if where == "its state":
+        run_out_in_update(monkeypatch, 1)
+    else:
+        monkeypatch.setattr("fine_tune.callbacks.rehearsal.torch.zeros_like", no_memory)
+    outcome = command_line("fit", *fit_args)
+    assert outcome.code == 2
+    assert "model.optimizer: the state of AdamW for" in outcome.err
+    assert "before the first step, nothing has changed" in outcome.err
+    for remedy in ("bitsandbytes.optim.PagedAdamW8bit", "--model.lora auto", "a smaller model"):
+        assert remedy in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not list(outcome.run().checkpoints.glob("*"))
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+
 @pytest.mark.usefixtures("device")
 def test_a_run_that_goes_on_is_not_rehearsed_again(
     command_line: CommandLine, fit_args: list[str]
