@@ -1,7 +1,6 @@
 """The worst step, validation, answers, a save and a reload, before the first step; then everything as it was."""
 
 import logging
-import shutil
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from fine_tune.batches import data_of, most_tokens_at_once, plan_of
+from fine_tune.callbacks.checkpoints import Checkpoints
 from fine_tune.callbacks.generations import BATCH_ROWS, Generations, prompt_and_answer
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.callbacks.unchanged import unchanged
@@ -17,6 +17,7 @@ from fine_tune.device_memory import MEMORY_ERRORS, DeviceMemory, is_out_of_memor
 from fine_tune.errors import UserError
 from fine_tune.ranks import any_rank
 from fine_tune.runs.checkpoint import LEFTOVERS
+from fine_tune.runs.disk import format_bytes, free_bytes
 from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
@@ -37,6 +38,34 @@ class Rehearsed:
     bytes_per_token: float
 
 
+def circumstances(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> dict[str, Any]:
+    """Return what decides how much memory a run takes: where any of it changes, it is rehearsed anew.
+
+    Args:
+        trainer: A trainer about to train.
+        pl_module: Its module, weights loaded.
+        memory: The device's.
+    """
+    data, plan, settings = data_of(trainer), plan_of(trainer), pl_module.model_settings
+    return {
+        "longest_row": dict(plan.longest_row),
+        "batch_size": plan.batch_size,
+        "eval_batch_size": data.eval_batch_size,
+        "budget": plan.max_tokens_per_micro_batch,
+        "device": f"{trainer.strategy.root_device.type} {memory.total()}",
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+        "dtype": settings.dtype,
+        "quantization": settings.quantized,
+        "attn_implementation": settings.attn_implementation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "offload_activations": pl_module.offload_activations,
+        "compile": pl_module.is_compiled,
+        "optimizer": type(trainer.optimizers[0]).__name__,
+        "num_trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+    }
+
+
 def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearsed:
     """Run the worst of everything the run will do, and put all state back bit for bit.
 
@@ -46,7 +75,7 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearse
         memory: The device's.
 
     Raises:
-        UserError: One row alone does not fit, or a checkpoint does not.
+        UserError: One row alone does not fit, or the optimizer's state, or a checkpoint does not.
     """
     data, plan = data_of(trainer), plan_of(trainer)
     memory.reset_peak()
@@ -58,48 +87,62 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearse
         # The first time counts what libraries do once. All ranks time it again, or none: it waits for all.
         if any_rank(step_seconds < FIRST_TIME_SECONDS, pl_module.device, trainer.world_size):
             start = time.perf_counter()
-            with trainer.precision_plugin.train_step_context():
-                pl_module.gradients(batch)
+            _gradients(trainer, pl_module, batch, memory)
             step_seconds = time.perf_counter() - start
-        peaks = {"step": memory.peak()}
+        worst = memory.peak()
         if "validation" in plan.num_rows:
             _worst_validation(trainer, pl_module, data)
-            peaks["validation"] = memory.peak()
             _worst_answers(trainer, pl_module, data)
-            peaks["answers"] = memory.peak()
-    num_bytes, save_seconds = _save_and_reload(trainer)
+            worst = max(worst, memory.peak())
+        num_bytes, save_seconds = _save_and_reload(trainer)  # with the optimizer's state
     memory.clear_cache()
     total = memory.total()
-    worst = max(peaks.values())
-    free = shutil.disk_usage(run_of(trainer).path).free
     tokens = max(batch["lengths"]) * len(batch["lengths"])
     mean_tokens = plan.num_tokens["train"] / plan.steps_per_epoch / trainer.world_size
     left = step_seconds * min(1.0, mean_tokens / tokens) * (plan.num_steps - trainer.global_step)
+    free = free_bytes(run_of(trainer).path)
     lines = [
         f"rehearsed: {len(batch['lengths'])} rows of up to {max(batch['lengths']):,} tokens; peak {worst / GB:.2f} GB "
         f"of {total / GB:.1f} GB ({100 * worst / total:.0f} %)",
         f"  a checkpoint has {num_bytes / GB:.3f} GB, saved and read back in {save_seconds:.1f} s; "
         f"{free / GB:.1f} GB of disk are free; roughly {format_seconds(left)} of steps to come",
     ]
-    return Rehearsed(lines, bytes_per_token)
+    return Rehearsed([*lines, *_short_of_disk(trainer, num_bytes, free)], bytes_per_token)
+
+
+def _short_of_disk(trainer: Trainer, num_bytes: int, free: int) -> list[str]:
+    """Warn where the checkpoints kept at once, the last and the one being written among them, have no room."""
+    plan, there = plan_of(trainer), len(run_of(trainer).read().get("checkpoints", []))
+    keep = next(c.keep for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
+    at_once = 2 + (keep if "validation" in plan.num_rows else 0)
+    needed = min(at_once - there, plan.num_steps - trainer.global_step) * num_bytes
+    if needed <= free:
+        return []
+    return [
+        f"  WARNING: checkpoint.keep {keep} holds up to {at_once} checkpoints at once, the last and the one being "
+        f"written among them: {format_bytes(needed)} more are needed, {format_bytes(free)} are free; free some, or set "
+        "checkpoint.keep or trainer.default_root_dir"
+    ]
 
 
 def _worst_step(trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory) -> float:
-    before = memory.allocated()
+    before, optimizer = memory.allocated(), trainer.optimizers[0]
+    _gradients(trainer, pl_module, batch, memory)
+    tokens = most_tokens_at_once(batch["lengths"], pl_module.max_tokens_per_micro_batch)
+    bytes_per_token = (memory.peak() - before) / max(1, tokens)
+    if not optimizer.state:  # else it is there already, and an update would change it
+        _first_update(trainer, pl_module)
+    return bytes_per_token
+
+
+def _gradients(trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory) -> None:
     while True:
         with trainer.precision_plugin.train_step_context():
             failure = pl_module.gradients(batch).failure
         if failure is None or failure.kind == "non_finite":
-            break  # a scaler that still has to find its scale is no matter of memory
+            return  # a scaler that still has to find its scale is no matter of memory
         pl_module.handle(failure)
         memory.reset_peak()
-    tokens = most_tokens_at_once(batch["lengths"], pl_module.max_tokens_per_micro_batch)
-    bytes_per_token = (memory.peak() - before) / max(1, tokens)
-    if not trainer.optimizers[
-        0
-    ].state:  # else its state is there already, and an update would change it
-        _first_update(trainer, pl_module)
-    return bytes_per_token
 
 
 def _first_update(trainer: Trainer, pl_module: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import StepFailure, log_interval, most_tokens_at_once, plan_of
-from fine_tune.callbacks.rehearsal import rehearse
+from fine_tune.callbacks.rehearsal import circumstances, rehearse
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.errors import RunStopped, UserError
 from fine_tune.runs.run_folder import run_of
@@ -80,12 +80,7 @@ class VRAMGuard(Callback):
         plan = plan_of(trainer)
         self._keep_budget(trainer, pl_module)
         pl_module.keeps_state = self.memory.can_run_out and _is_adapter(pl_module)
-        now = {
-            "longest_row": dict(plan.longest_row),
-            "batch_size": plan.batch_size,
-            "budget": plan.max_tokens_per_micro_batch,
-            "device": f"{trainer.strategy.root_device.type} {self.memory.total()}",
-        }
+        now = circumstances(trainer, pl_module, self.memory)
         if self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps:
             rehearsed = rehearse(trainer, pl_module, self.memory)
             for line in rehearsed.lines:

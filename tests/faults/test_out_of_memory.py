@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -342,17 +343,48 @@ def no_memory(*_: Any, **__: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
 
 
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ([], False),
+        (["--model.gradient_checkpointing", "true"], True),
+        (["--data.eval_batch_size", "3"], True),
+        (["--model.attn_implementation", "eager"], True),
+    ],
+)
 @pytest.mark.usefixtures("device")
-def test_a_run_that_goes_on_is_not_rehearsed_again(
-    command_line: CommandLine, fit_args: list[str]
+def test_a_run_that_goes_on_is_rehearsed_again_only_where_its_memory_changed(
+    command_line: CommandLine, fit_args: list[str], changed: list[str], again: bool
 ) -> None:
     args = [*fit_args, "--checkpoint.every", "2"]
     stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "5"]
     with pytest.raises(RuntimeError, match="a defect"):
         command_line("fit", *args, *stop)
-    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    resumed = command_line("fit", *args, "--ckpt_path", "last", *changed)
+    assert resumed.code == 0, resumed.err
     first, _, second = resumed.out.rpartition("precision: ")
-    assert "rehearsed" in first and "rehearsed" not in second
+    assert "rehearsed" in first and ("rehearsed" in second) == again
+
+
+@pytest.mark.usefixtures("device")
+def test_the_rehearsal_measures_a_whole_checkpoint_and_holds_it_against_the_disk(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*fit_args, "--checkpoint.keep", "2"]
+    plenty = command_line("fit", *args, "--name", "plenty")
+    last = plenty.run("plenty").checkpoint("last")
+    assert last is not None
+    num_bytes = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
+    shown = float(re.findall(r"a checkpoint has ([\d.]+) GB", plenty.out)[0]) * 1e9
+    assert shown == pytest.approx(num_bytes, rel=0.05, abs=5e5)  # the optimizer's state included
+    assert "checkpoint.keep 2 holds up to" not in plenty.out
+    usage = shutil.disk_usage(plenty.root)
+    for times, told in ((3.5, True), (4.5, False)):  # two of the best, the last, one being written
+        now = usage._replace(free=int(times * num_bytes))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, now=now: now)
+        outcome = command_line("fit", *args, "--name", f"times_{int(times)}")
+        assert outcome.code == 0, outcome.err
+        assert ("checkpoint.keep 2 holds up to 4 checkpoints at once" in outcome.out) == told
 
 
 def test_the_budget_is_cut_before_a_device_is_full(
