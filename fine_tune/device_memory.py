@@ -9,6 +9,8 @@ import psutil
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 
+from fine_tune.container_memory import memory_limits
+
 MEMORY_ERRORS = (RuntimeError, MemoryError)  # the types that memory's errors have
 LIBRARIES_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -76,7 +78,7 @@ class CudaMemory:
 
 
 class HostMemory:
-    """The machine's own memory: this process against what is available to it."""
+    """The machine's own memory, or as much of it as a container or a batch job may use."""
 
     can_run_out = False  # the system ends the process, without an error to catch
 
@@ -85,11 +87,13 @@ class HostMemory:
         self._peak = 0
 
     def total(self) -> int:
-        return int(psutil.virtual_memory().total)
+        return min(
+            [int(psutil.virtual_memory().total), *(limit.total for limit in memory_limits())]
+        )
 
     def used(self) -> int:
-        memory = psutil.virtual_memory()
-        return int(memory.total - memory.available)
+        left = [limit.total - limit.used for limit in memory_limits()]
+        return self.total() - max(0, min([int(psutil.virtual_memory().available), *left]))
 
     def reserved(self) -> int:
         return self.allocated()
