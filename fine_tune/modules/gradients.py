@@ -82,12 +82,14 @@ def gradients(module: "StepModule", batch: Any) -> StepGradient:
         if not is_out_of_memory(error):
             raise
         out_of_memory = True  # dealt with below: the traceback holds the activations
-    if any_rank(out_of_memory, device, world_size):
-        failed = rows if out_of_memory else None  # on this rank
+    trained = [p for p in module.parameters() if p.requires_grad]
+    failed = rows if out_of_memory else None  # on this rank
+    did_not_fit = any_rank(out_of_memory, device, world_size)
+    if not did_not_fit and not sum_gradients_over_ranks(trained, device, world_size):
+        did_not_fit, failed = True, _most_at_once(module, batch)
+    if did_not_fit:
         failure = _failure(module, "out_of_memory", batch, failed=failed)
         return StepGradient(sums[0], torch.zeros(()), failure=failure)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    sum_gradients_over_ranks(trained, device, world_size)
     loss, *means = sum_over_ranks(sums, device, world_size)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if not torch.isfinite(loss + norm):  # the step's one wait for the device
@@ -154,6 +156,12 @@ def _failure(
         tokens_at_once=tokens_at_once,
         loss=loss,
     )
+
+
+def _most_at_once(module: "StepModule", batch: Any) -> slice | None:
+    lengths = batch["lengths"]
+    cuts = cut_by_tokens(lengths, module.max_tokens_per_micro_batch)
+    return max(cuts, key=lambda cut: lengths[cut.start] * (cut.stop - cut.start), default=None)
 
 
 def _to_get_smaller(failed: list[tuple[int, int]]) -> tuple[int, int]:

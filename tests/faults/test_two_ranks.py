@@ -37,11 +37,12 @@ def run_two_ranks(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.parametrize("how", ["memory", "sum"])
 def test_one_ranks_out_of_memory_makes_all_take_smaller_parts(
-    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, how: str
 ) -> None:
     single = command_line("fit", *fit_args, "--name", "single")
-    spoil = ["--trainer.callbacks+=spoil_rank.SpoilRank"]
+    spoil = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", how]
     out = two_ranks(tmp_path, *fit_args, *spoil, "--name", "together")
     assert "out of memory in the step of step 3 (4 rows at once" in out
     ours, theirs = (
