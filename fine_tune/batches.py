@@ -115,18 +115,19 @@ class StepFailure:
         step: The optimizer step, from 1.
         row_ids: The rows of the step, over all ranks.
         lengths: Their tokens.
-        rows_at_once: Rows of the largest micro-batch on any rank.
-        tokens_at_once: Its padded tokens.
+        rows_at_once: Rows taken at once that did not fit; of several ranks' the fewest tokens, a row alone only where
+            no rank failed with more.
+        tokens_at_once: Their padded tokens.
         loss: The step's loss, where there is one.
     """
 
     kind: str
     stage: str
     step: int
-    row_ids: list[int]
-    lengths: list[int]
-    rows_at_once: int
-    tokens_at_once: int
+    row_ids: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    rows_at_once: int = 0
+    tokens_at_once: int = 0
     loss: float = float("nan")
 
 

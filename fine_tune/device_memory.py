@@ -9,6 +9,15 @@ import psutil
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 
+from fine_tune.container_memory import memory_limits
+
+MEMORY_ERRORS = (RuntimeError, MemoryError)  # the types that memory's errors have
+LIBRARIES_WORDS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+
 
 class DeviceMemory(Protocol):
     """What a guard may ask of a device; all sizes in bytes."""
@@ -69,7 +78,7 @@ class CudaMemory:
 
 
 class HostMemory:
-    """The machine's own memory: this process against what is available to it."""
+    """The machine's own memory, or as much of it as a container or a batch job may use."""
 
     can_run_out = False  # the system ends the process, without an error to catch
 
@@ -78,11 +87,13 @@ class HostMemory:
         self._peak = 0
 
     def total(self) -> int:
-        return int(psutil.virtual_memory().total)
+        return min(
+            [int(psutil.virtual_memory().total), *(limit.total for limit in memory_limits())]
+        )
 
     def used(self) -> int:
-        memory = psutil.virtual_memory()
-        return int(memory.total - memory.available)
+        left = [limit.total - limit.used for limit in memory_limits()]
+        return self.total() - max(0, min([int(psutil.virtual_memory().available), *left]))
 
     def reserved(self) -> int:
         return self.allocated()
@@ -123,5 +134,7 @@ def device_name(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)
+    """Whether an error, one of ``MEMORY_ERRORS``, says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_oom_error(error):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in LIBRARIES_WORDS)

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
+
 T = TypeVar("T")
 
 
@@ -35,27 +37,55 @@ def from_all_ranks(value: T, world_size: int) -> list[T]:
 
 def sum_gradients_over_ranks(
     parameters: list[torch.nn.Parameter], device: torch.device, world_size: int
-) -> None:
+) -> bool:
     """Sum the gradients of all processes, in place.
 
     A parameter that has a gradient on any process gets one on all; one that has none anywhere keeps none, so that the
     optimizer leaves it alone, as it would with one process.
+
+    Returns:
+        False where a process has no memory for it, and then for all of them: nothing has been summed.
     """
     if world_size == 1:
-        return
+        return True
     has_gradient = torch.tensor(
         [p.grad is not None for p in parameters], dtype=torch.int32, device=device
     )
     torch.distributed.all_reduce(has_gradient)
     touched = [p for p, ranks in zip(parameters, has_gradient.tolist(), strict=True) if ranks]
-    for parameter in touched:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p in touched if p.grad is not None]):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
+    out_of_memory = False
+    try:  # all that is allocated, before a process waits for another
+        for parameter in touched:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        buckets = _buckets([p.grad for p in touched if p.grad is not None])
+        rooms = _rooms(buckets)
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        out_of_memory = True
+    if any_rank(out_of_memory, device, world_size):
+        return False
+    for bucket in buckets:
+        sizes = [gradient.numel() for gradient in bucket]
+        flat = rooms[bucket[0].dtype][: sum(sizes)]
+        parts = flat.split(sizes)
+        for gradient, part in zip(bucket, parts, strict=True):
+            part.view_as(gradient).copy_(gradient)
         torch.distributed.all_reduce(flat)
-        for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+        for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+    return True
+
+
+def _rooms(buckets: list[list[Tensor]]) -> dict[torch.dtype, Tensor]:
+    # one for each type, which its largest bucket fills
+    sizes: dict[torch.dtype, int] = {}
+    for bucket in buckets:
+        dtype, numel = bucket[0].dtype, sum(gradient.numel() for gradient in bucket)
+        sizes[dtype] = max(numel, sizes.get(dtype, 0))
+    device = buckets[0][0].device if buckets else None
+    return {dtype: torch.empty(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
 
 
 def _buckets(tensors: list[Tensor], max_numel: int = 2**25) -> list[list[Tensor]]:

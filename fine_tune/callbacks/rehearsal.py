@@ -1,26 +1,23 @@
 """The worst step, validation, answers, a save and a reload, before the first step; then everything as it was."""
 
 import logging
-import random
-import shutil
 import time
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 
 from fine_tune.batches import data_of, most_tokens_at_once, plan_of
+from fine_tune.callbacks.checkpoints import Checkpoints
 from fine_tune.callbacks.generations import BATCH_ROWS, Generations, prompt_and_answer
 from fine_tune.callbacks.progress import format_seconds
-from fine_tune.device_memory import DeviceMemory
+from fine_tune.callbacks.unchanged import unchanged
+from fine_tune.device_memory import MEMORY_ERRORS, DeviceMemory, is_out_of_memory
 from fine_tune.errors import UserError
 from fine_tune.ranks import any_rank
 from fine_tune.runs.checkpoint import LEFTOVERS
+from fine_tune.runs.disk import format_bytes, free_bytes
 from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
@@ -41,6 +38,34 @@ class Rehearsed:
     bytes_per_token: float
 
 
+def circumstances(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> dict[str, Any]:
+    """Return what decides how much memory a run takes: where any of it changes, it is rehearsed anew.
+
+    Args:
+        trainer: A trainer about to train.
+        pl_module: Its module, weights loaded.
+        memory: The device's.
+    """
+    data, plan, settings = data_of(trainer), plan_of(trainer), pl_module.model_settings
+    return {
+        "longest_row": dict(plan.longest_row),
+        "batch_size": plan.batch_size,
+        "eval_batch_size": data.eval_batch_size,
+        "budget": plan.max_tokens_per_micro_batch,
+        "device": f"{trainer.strategy.root_device.type} {memory.total()}",
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+        "dtype": settings.dtype,
+        "quantization": settings.quantized,
+        "attn_implementation": settings.attn_implementation,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "offload_activations": pl_module.offload_activations,
+        "compile": pl_module.is_compiled,
+        "optimizer": type(trainer.optimizers[0]).__name__,
+        "num_trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+    }
+
+
 def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearsed:
     """Run the worst of everything the run will do, and put all state back bit for bit.
 
@@ -50,11 +75,11 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearse
         memory: The device's.
 
     Raises:
-        UserError: One row alone does not fit, or a checkpoint does not.
+        UserError: One row alone does not fit, or the optimizer's state, or a checkpoint does not.
     """
     data, plan = data_of(trainer), plan_of(trainer)
     memory.reset_peak()
-    with _unchanged(pl_module):
+    with unchanged(pl_module):
         batch = _on_device(trainer, pl_module, data.longest_rows("train"))
         start = time.perf_counter()
         bytes_per_token = _worst_step(trainer, pl_module, batch, memory)
@@ -62,57 +87,90 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearse
         # The first time counts what libraries do once. All ranks time it again, or none: it waits for all.
         if any_rank(step_seconds < FIRST_TIME_SECONDS, pl_module.device, trainer.world_size):
             start = time.perf_counter()
-            with trainer.precision_plugin.train_step_context():
-                pl_module.gradients(batch)
+            _gradients(trainer, pl_module, batch, memory)
             step_seconds = time.perf_counter() - start
-        peaks = {"step": memory.peak()}
+        worst = memory.peak()
         if "validation" in plan.num_rows:
             _worst_validation(trainer, pl_module, data)
-            peaks["validation"] = memory.peak()
             _worst_answers(trainer, pl_module, data)
-            peaks["answers"] = memory.peak()
-    num_bytes, save_seconds = _save_and_reload(trainer)
+            worst = max(worst, memory.peak())
+        num_bytes, save_seconds = _save_and_reload(trainer)  # with the optimizer's state
     memory.clear_cache()
     total = memory.total()
-    worst = max(peaks.values())
-    free = shutil.disk_usage(run_of(trainer).path).free
     tokens = max(batch["lengths"]) * len(batch["lengths"])
     mean_tokens = plan.num_tokens["train"] / plan.steps_per_epoch / trainer.world_size
     left = step_seconds * min(1.0, mean_tokens / tokens) * (plan.num_steps - trainer.global_step)
+    free = free_bytes(run_of(trainer).path)
     lines = [
         f"rehearsed: {len(batch['lengths'])} rows of up to {max(batch['lengths']):,} tokens; peak {worst / GB:.2f} GB "
         f"of {total / GB:.1f} GB ({100 * worst / total:.0f} %)",
         f"  a checkpoint has {num_bytes / GB:.3f} GB, saved and read back in {save_seconds:.1f} s; "
         f"{free / GB:.1f} GB of disk are free; roughly {format_seconds(left)} of steps to come",
     ]
-    return Rehearsed(lines, bytes_per_token)
+    return Rehearsed([*lines, *_short_of_disk(trainer, num_bytes, free)], bytes_per_token)
+
+
+def _short_of_disk(trainer: Trainer, num_bytes: int, free: int) -> list[str]:
+    """Warn where the checkpoints kept at once, the last and the one being written among them, have no room."""
+    plan, there = plan_of(trainer), len(run_of(trainer).read().get("checkpoints", []))
+    keep = next(c.keep for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
+    at_once = 2 + (keep if "validation" in plan.num_rows else 0)
+    needed = min(at_once - there, plan.num_steps - trainer.global_step) * num_bytes
+    if needed <= free:
+        return []
+    return [
+        f"  WARNING: checkpoint.keep {keep} holds up to {at_once} checkpoints at once, the last and the one being "
+        f"written among them: {format_bytes(needed)} more are needed, {format_bytes(free)} are free; free some, or set "
+        "checkpoint.keep or trainer.default_root_dir"
+    ]
 
 
 def _worst_step(trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory) -> float:
-    optimizer, before = trainer.optimizers[0], memory.allocated()
+    before, optimizer = memory.allocated(), trainer.optimizers[0]
+    _gradients(trainer, pl_module, batch, memory)
+    tokens = most_tokens_at_once(batch["lengths"], pl_module.max_tokens_per_micro_batch)
+    bytes_per_token = (memory.peak() - before) / max(1, tokens)
+    if not optimizer.state:  # else it is there already, and an update would change it
+        _first_update(trainer, pl_module)
+    return bytes_per_token
+
+
+def _gradients(trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory) -> None:
     while True:
         with trainer.precision_plugin.train_step_context():
             failure = pl_module.gradients(batch).failure
         if failure is None or failure.kind == "non_finite":
-            break  # a scaler that still has to find its scale is no matter of memory
+            return  # a scaler that still has to find its scale is no matter of memory
         pl_module.handle(failure)
         memory.reset_peak()
-    tokens = most_tokens_at_once(batch["lengths"], pl_module.max_tokens_per_micro_batch)
-    bytes_per_token = (memory.peak() - before) / max(1, tokens)
-    if optimizer.state:
-        return bytes_per_token  # of a run that goes on: its state is there already, and an update would change it
-    # The update allocates the optimizer's state; zero gradients at rate zero leave the weights as they are.
+
+
+def _first_update(trainer: Trainer, pl_module: Any) -> None:
+    """Let the optimizer allocate its state; zero gradients at rate zero leave the weights as they are."""
+    optimizer, out_of_memory = trainer.optimizers[0], False
     rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
     try:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        out_of_memory = True
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-    return bytes_per_token
+    if not any_rank(out_of_memory, pl_module.device, trainer.world_size):
+        return
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    raise UserError(
+        f"model.optimizer: the state of {type(optimizer).__name__} for {trained:,} trained weights does not fit the "
+        "device (rehearsed before the first step, nothing has changed); take an 8-bit or paged optimizer "
+        "(--model.optimizer bitsandbytes.optim.PagedAdamW8bit), or train fewer weights: --model.lora auto, or a "
+        "smaller model"
+    )
 
 
 def _worst_validation(trainer: Trainer, pl_module: Any, data: Any) -> None:
@@ -147,49 +205,3 @@ def _save_and_reload(trainer: Trainer) -> tuple[int, float]:
 
 def _on_device(trainer: Trainer, pl_module: Any, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, device=pl_module.device)
-
-
-@contextmanager
-def _unchanged(pl_module: Any) -> Iterator[None]:
-    optimizer, modes = pl_module.trainer.optimizers[0], {m: m.training for m in pl_module.modules()}
-    weights = [_checksum(p) for p in pl_module.parameters() if p.requires_grad]
-    generators = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    goes_on = bool(optimizer.state)
-    precision = dict(pl_module.trainer.precision_plugin.state_dict())
-    try:
-        yield
-    finally:
-        if not goes_on:
-            optimizer.state.clear()
-        optimizer.zero_grad(set_to_none=True)
-        pl_module.metrics.reset()
-        for module, training in modes.items():
-            module.training = training
-        if precision:
-            pl_module.trainer.precision_plugin.load_state_dict(precision)
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        torch.set_rng_state(generators[2])
-        if on_gpu:
-            torch.cuda.set_rng_state_all(on_gpu)
-    trained = [p for p in pl_module.parameters() if p.requires_grad]
-    if weights != [_checksum(p) for p in trained]:
-        name = type(optimizer).__name__
-        if not all(torch.isfinite(p).all() for p in trained):
-            raise UserError(
-                f"trainer.precision: under {pl_module.trainer.precision} {name} makes weights of 16 bit infinite or no "
-                "number; take 16-mixed, bf16-mixed or bf16-true"
-            )
-        raise UserError(
-            f"model.optimizer: {name} changes weights at learning rate 0 with zero gradients, so nothing can be "
-            "rehearsed; set vram_guard.rehearse: false"
-        )
-
-
-def _checksum(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Tell apart two states of a tensor, without a copy of it in a wider type."""
-    bits = parameter.detach().contiguous().flatten().view(torch.uint8)
-    if bits.device.type == "cpu":
-        return (zlib.crc32(cast(Any, bits.numpy())),)
-    return tuple(int(bits[start::7].sum(dtype=torch.int64)) for start in range(7))

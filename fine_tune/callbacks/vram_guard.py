@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import StepFailure, log_interval, most_tokens_at_once, plan_of
-from fine_tune.callbacks.rehearsal import rehearse
+from fine_tune.callbacks.rehearsal import circumstances, rehearse
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.errors import RunStopped, UserError
 from fine_tune.runs.run_folder import run_of
@@ -20,6 +20,7 @@ TOO_LARGE = (
     "one row alone does not fit; set --model.gradient_checkpointing true, --model.quantization nf4 with --model.lora "
     "auto, or --data.max_length {length}"
 )
+NO_LESS = "vram_guard.min_tokens {:,} allows no smaller micro-batch; set --vram_guard.min_tokens 1"
 
 
 class VRAMGuard(Callback):
@@ -51,6 +52,7 @@ class VRAMGuard(Callback):
         self._budget: int | None = None  # None: the plan's
         self._rehearsed: dict[str, Any] = {}
         self._warned = False
+        self._failed_update = 0  # the last step that was taken again
         self._bytes_per_token = 0.0  # as rehearsed; 0: not known
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,12 +80,7 @@ class VRAMGuard(Callback):
         plan = plan_of(trainer)
         self._keep_budget(trainer, pl_module)
         pl_module.keeps_state = self.memory.can_run_out and _is_adapter(pl_module)
-        now = {
-            "longest_row": dict(plan.longest_row),
-            "batch_size": plan.batch_size,
-            "budget": plan.max_tokens_per_micro_batch,
-            "device": f"{trainer.strategy.root_device.type} {self.memory.total()}",
-        }
+        now = circumstances(trainer, pl_module, self.memory)
         if self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps:
             rehearsed = rehearse(trainer, pl_module, self.memory)
             for line in rehearsed.lines:
@@ -103,11 +100,15 @@ class VRAMGuard(Callback):
         tokens = most_tokens_at_once(batch["lengths"], budget)
         fitting = self._tokens_that_fit()
         if self._percent() >= self.threshold_percent:
-            half = max(longest, (budget or sum(batch["lengths"])) // 2)
-            self._cut(trainer, pl_module, half, "the device is nearly full", "nearly_full")
+            smaller, why = (budget or tokens) // 2, "the device is nearly full"
         elif tokens > max(fitting, longest):
             why = f"the device has room for about {fitting:,.0f} padded tokens, the step would take {tokens:,}"
-            self._cut(trainer, pl_module, max(longest, int(fitting)), why, "nearly_full")
+            smaller = int(fitting)
+        else:
+            return
+        smaller = max(smaller, longest, self.min_tokens)
+        if smaller < (budget or tokens):
+            self._cut(trainer, pl_module, smaller, why, "nearly_full")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -149,25 +150,26 @@ class VRAMGuard(Callback):
         self.memory.clear_cache()
         if failure.stage == "optimizer":
             return self._retry_update(trainer, failure)
+        where = f"out of memory in the {failure.stage} of step {failure.step}"
+        longest = failure.tokens_at_once // max(1, failure.rows_at_once)
         if failure.rows_at_once <= 1:
-            longest = max(failure.lengths)
             hint = TOO_LARGE.format(length=max(1, longest // 2))
-            raise RunStopped(
-                f"out of memory in the {failure.stage} of step {failure.step} with a row of {longest:,} tokens: {hint}"
-            )
+            raise RunStopped(f"{where} with a row of {longest:,} tokens: {hint}")
         if failure.stage == "generation":
             return True  # half of the prompts at a time
-        lengths = f"{failure.rows_at_once} rows at once, longest {max(failure.lengths):,} tokens"
+        why = f"{where} ({failure.rows_at_once} rows at once, longest {longest:,} tokens)"
         budget = max(self.min_tokens, failure.tokens_at_once // 2)
-        why = f"out of memory in the {failure.stage} of step {failure.step} ({lengths})"
+        if budget >= failure.tokens_at_once:
+            raise RunStopped(f"{why}: {NO_LESS.format(self.min_tokens)}")
         self._cut(trainer, pl_module, budget, why, "out_of_memory")
         return True
 
     def _retry_update(self, trainer: Trainer, failure: StepFailure) -> bool:
-        if getattr(self, "_failed_update", 0) == failure.step:
-            raise UserError(
-                f"out of memory in the optimizer's update of step {failure.step}, twice: its state does not fit; take "
-                "an 8-bit or paged optimizer (bitsandbytes.optim.PagedAdamW8bit), or model.lora"
+        if self._failed_update == failure.step:
+            raise RunStopped(
+                f"out of memory in the optimizer's update of step {failure.step}, twice: its state does not fit. The "
+                f"update was undone, and step {failure.step - 1} is saved; make room on the device, or take an 8-bit "
+                "or paged optimizer (bitsandbytes.optim.PagedAdamW8bit) or a smaller model.lora.r"
             )
         self._failed_update = failure.step
         event = "out of memory in the optimizer's update; it was undone and taken again"
@@ -176,6 +178,7 @@ class VRAMGuard(Callback):
 
     def _cut(self, trainer: Trainer, pl_module: Any, budget: int, why: str, kind: str) -> None:
         before = pl_module.max_tokens_per_micro_batch
+        budget = budget if before is None else min(budget, before)  # this rank's may be smaller
         pl_module.max_tokens_per_micro_batch = self._budget = budget
         shown = f"{before:,}" if before is not None else "the whole step"
         event = f"{why}: {shown} -> {budget:,} tokens per micro-batch"

@@ -14,7 +14,7 @@ from rich.live import Live
 from fine_tune.commands.chat_output import TokenText, shown, side_by_side
 from fine_tune.commands.chat_session import Exchange, Session, help_lines, unknown_command
 from fine_tune.data.templates import RowError
-from fine_tune.device_memory import is_out_of_memory
+from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
 from fine_tune.errors import UserError
 
 ASK = "you> "
@@ -153,7 +153,7 @@ class Terminal:
         try:
             with self.interrupts.listening():
                 exchange.answers = self._two(streams) if self.compare else [self._one(streams[0])]
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             session.exchanges.remove(exchange)
             if not is_out_of_memory(error):
                 raise

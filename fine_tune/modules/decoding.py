@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from fine_tune.device_memory import is_out_of_memory
+from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
 from fine_tune.modules.row_cache import RowCache, can_keep_rows
 from fine_tune.sampling import Sampling, next_tokens
 
@@ -102,7 +102,7 @@ class Decoder:
                     self.start(taken)
                 else:
                     self.step()
-            except RuntimeError as error:
+            except MEMORY_ERRORS as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fine_tune.batches import StepFailure, cut_by_tokens
-from fine_tune.device_memory import is_out_of_memory
+from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
 from fine_tune.modules.generation import generate
 from fine_tune.modules.packing import attending_by
 from fine_tune.modules.precision import lowered
@@ -46,7 +46,7 @@ def in_parts(
                 attending_by(module.model, module.rows_attention),
             ):
                 take(take_rows(batch, rows))
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
@@ -114,7 +114,7 @@ def answer(
             torch.compiler.set_stance("force_eager"),  # lengths and caches of many shapes
         ):
             return generate(module.model, prompts, max_new_tokens, stop_ids, pad_token_id)
-    except RuntimeError as error:
+    except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
     lengths, rows = [len(prompt) for prompt in prompts], len(prompts)

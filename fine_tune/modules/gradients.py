@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fine_tune.batches import StepFailure, cut_by_tokens
-from fine_tune.device_memory import is_out_of_memory
+from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
 from fine_tune.errors import GoBack
 from fine_tune.modules.packing import attending_by
 from fine_tune.modules.precision import lowered
@@ -64,7 +64,7 @@ def gradients(module: "StepModule", batch: Any) -> StepGradient:
     count, num_tokens = sum_over_ranks(mine, device, world_size).tolist()
     # The loss, then the metrics in their order: summed over micro-batches here, and over ranks together.
     sums = torch.zeros(1 + len(module.step_metrics), device=device)
-    out_of_memory = False
+    out_of_memory, rows = False, slice(0, 0)
     try:
         with (
             attending_by(module.model, module.rows_attention),
@@ -78,21 +78,24 @@ def gradients(module: "StepModule", batch: Any) -> StepGradient:
                     module.trainer.strategy.backward(micro_loss, None)
                 parts = [micro_loss.detach(), *(other / count for other in others)]
                 sums = sums + torch.stack(parts)
-    except RuntimeError as error:
+    except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
         out_of_memory = True  # dealt with below: the traceback holds the activations
-    if any_rank(out_of_memory, device, world_size):
-        return StepGradient(
-            sums[0], torch.zeros(()), failure=_failure(module, "out_of_memory", batch)
-        )
     trained = [p for p in module.parameters() if p.requires_grad]
-    sum_gradients_over_ranks(trained, device, world_size)
+    failed = rows if out_of_memory else None  # on this rank
+    did_not_fit = any_rank(out_of_memory, device, world_size)
+    if not did_not_fit and not sum_gradients_over_ranks(trained, device, world_size):
+        did_not_fit, failed = True, _most_at_once(module, batch)
+    if did_not_fit:
+        failure = _failure(module, "out_of_memory", batch, failed=failed)
+        return StepGradient(sums[0], torch.zeros(()), failure=failure)
     loss, *means = sum_over_ranks(sums, device, world_size)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     loss, norm = torch.stack([loss, norm]).cpu().unbind()  # the step's one wait for the device
     if not torch.isfinite(loss + norm):
-        return StepGradient(loss, norm, failure=_failure(module, "non_finite", batch, float(loss)))
+        failure = _failure(module, "non_finite", batch, loss=float(loss))
+        return StepGradient(loss, norm, failure=failure)
     return StepGradient(loss, norm, dict(zip(module.step_metrics, means, strict=True)), num_tokens)
 
 
@@ -112,7 +115,7 @@ def update(module: "StepModule", take_step: Callable[[], None]) -> None:
         out_of_memory = False
         try:
             take_step()
-        except RuntimeError as error:
+        except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
@@ -125,19 +128,25 @@ def update(module: "StepModule", take_step: Callable[[], None]) -> None:
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.update(new_scale=scaler.get_scale())  # forget that gradients were unscaled
-        module.handle(StepFailure("out_of_memory", "optimizer", step, [], [], 0, 0))
+        module.handle(StepFailure("out_of_memory", "optimizer", step))
 
 
 def _failure(
-    module: "StepModule", kind: str, batch: Any, loss: float = float("nan")
+    module: "StepModule",
+    kind: str,
+    batch: Any,
+    *,
+    failed: slice | None = None,
+    loss: float = float("nan"),
 ) -> StepFailure:
     module.trainer.optimizers[0].zero_grad(set_to_none=True)
-    lengths = batch["lengths"]
-    cuts = cut_by_tokens(lengths, module.max_tokens_per_micro_batch)
-    sizes = [(lengths[cut.start] * (cut.stop - cut.start), cut.stop - cut.start) for cut in cuts]
-    mine = (max(sizes, default=(0, 0)), list(batch["row_ids"]), list(lengths))
+    lengths, at_once = batch["lengths"], None
+    if failed is not None:
+        rows = failed.stop - failed.start
+        at_once = (rows * max(lengths[failed], default=0), rows)
+    mine = (at_once, list(batch["row_ids"]), list(lengths))
     ranks = from_all_ranks(mine, module.trainer.world_size)
-    tokens_at_once, rows_at_once = max(largest for largest, _, _ in ranks)
+    tokens_at_once, rows_at_once = _to_get_smaller([found for found, _, _ in ranks if found])
     return StepFailure(
         kind,
         "step",
@@ -148,3 +157,15 @@ def _failure(
         tokens_at_once=tokens_at_once,
         loss=loss,
     )
+
+
+def _most_at_once(module: "StepModule", batch: Any) -> slice | None:
+    lengths = batch["lengths"]
+    cuts = cut_by_tokens(lengths, module.max_tokens_per_micro_batch)
+    return max(cuts, key=lambda cut: lengths[cut.start] * (cut.stop - cut.start), default=None)
+
+
+def _to_get_smaller(failed: list[tuple[int, int]]) -> tuple[int, int]:
+    # (tokens, rows) of what failed on each rank: less than all of several rows; the longest row, where each is alone
+    several = [(tokens, rows) for tokens, rows in failed if rows > 1]
+    return min(several) if several else max(failed, default=(0, 0))

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
+from fine_tune import ranks
+
 
 class SpoilRank(Callback):
     """Let one rank run out of memory, or its loss be no number, once.
@@ -12,14 +14,32 @@ class SpoilRank(Callback):
     Args:
         rank: Which.
         step: The optimizer step, from 1.
-        how: ``memory``, or ``nan`` while autocast is on.
+        how: ``memory``; ``sum``: memory, for the sum of gradients; ``update``: memory, for the optimizer's first
+            update; or ``nan`` while autocast is on.
     """
 
     def __init__(self, rank: int = 1, step: int = 3, how: str = "memory") -> None:
         self.rank, self.step, self.how = rank, step, how
         self._done = False
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        owner: Any
+        if trainer.global_rank != self.rank or self.how not in ("update", "sum"):
+            return
+        owner, name = (ranks, "_rooms") if self.how == "sum" else (torch.optim.AdamW, "step")
+        original = getattr(owner, name)
+
+        def spoiled(*args: Any, **kwargs: Any) -> Any:
+            if self._done or (self.how == "sum" and trainer.global_step + 1 != self.step):
+                return original(*args, **kwargs)
+            self._done = True
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+        setattr(owner, name, spoiled)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.how in ("update", "sum"):
+            return
         original = pl_module.loss_sums
 
         def spoiled(micro_batch: Any) -> tuple[torch.Tensor]:

@@ -1,5 +1,8 @@
 """Running out of memory changes nothing but the size of the micro-batches: same rows, same gradient, same rate."""
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ class Device:
     can_run_out = True
 
     def __init__(self, limit: int = 10**9, percent: float = 50.0) -> None:
-        self.limit, self.percent = limit, percent
+        self.limit, self.percent, self.num_cleared = limit, percent, 0
 
     def total(self) -> int:
         return 10**10
@@ -33,7 +36,8 @@ class Device:
 
     def reset_peak(self) -> None: ...
 
-    def clear_cache(self) -> None: ...
+    def clear_cache(self) -> None:
+        self.num_cleared += 1
 
 
 @pytest.fixture
@@ -172,13 +176,31 @@ def test_an_update_of_all_weights_that_does_not_fit_goes_back_to_the_checkpoint(
     assert outcome.run("small").read()["status"] == "finished"
 
 
-def run_out_in_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+@pytest.mark.usefixtures("device")
+def test_an_adapters_update_that_does_not_fit_twice_stops_with_the_steps_before_it_saved(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    args = [*fit_args, *LORA, *NO_REHEARSAL]
+    command_line("fit", *args, "--name", "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        run_out_in_update(patch, 4, 5)
+        outcome = command_line("fit", *args)
+    assert outcome.code == 2
+    assert "update of step 4, twice: its state does not fit" in outcome.err
+    last = outcome.run().checkpoint("last")
+    assert last is not None and last.name.endswith("step=3")
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_same(resumed, "run", bound=0.0)
+
+
+def run_out_in_update(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     original, count = torch.optim.AdamW.step, [0]
 
     def failing(self: Any, closure: Any = None) -> Any:
         result = original(self, closure)  # weights and state are changed already
         count[0] += 1
-        if count[0] == step:
+        if count[0] in steps:
             raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
         return result
 
@@ -257,16 +279,112 @@ def test_the_rehearsal_finds_the_budget_before_step_1(
 
 
 @pytest.mark.usefixtures("device")
-def test_a_run_that_goes_on_is_not_rehearsed_again(
-    command_line: CommandLine, fit_args: list[str]
+def test_rows_that_do_not_fit_together_are_no_row_that_does_not_fit_alone(
+    command_line: CommandLine,
+    fit_args: list[str],
+    rows_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = [{"question": f"{i} * {i}?" + f" Kata {i}." * 25, "answer": "1"} for i in range(90, 100)]
+    with open(rows_file, "a") as handle:
+        handle.writelines(f"{json.dumps(row)}\n" for row in long)
+    args = [*fit_args, *NO_REHEARSAL, "--data.max_tokens_per_micro_batch", "80"]
+    command_line("fit", *args, "--name", "straight")
+    original, alone = SFT.loss_sums, []
+
+    def limited(self: SFT, micro_batch: Any) -> Any:
+        rows, tokens = micro_batch["input_ids_BT"].shape
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        alone.append(tokens if rows == 1 else 0)
+        return original(self, micro_batch)
+
+    monkeypatch.setattr(SFT, "loss_sums", limited)
+    outcome = command_line("fit", *args, "--name", "small")
+    assert outcome.code == 0, outcome.err
+    assert max(alone) > 80
+    assert_same(outcome, "small")
+    for event in outcome.run("small").read()["events"]:
+        rows, longest = re.findall(r"\((\d) rows at once, longest (\d+) tokens", event["event"])[0]
+        assert int(rows) > 2 and int(longest) < 80
+
+
+def test_a_budget_that_may_not_be_cut_below_what_failed_is_a_clear_stop(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    device.limit = 60
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--vram_guard.min_tokens", "1000")
+    assert outcome.code == 2
+    assert "out of memory in the step of step 1 (8 rows at once" in outcome.err
+    assert "vram_guard.min_tokens 1,000 allows no smaller micro-batch" in outcome.err
+    assert not outcome.run().read().get("events")
+
+
+@pytest.mark.parametrize("where", ["its state", "its gradients"])
+@pytest.mark.usefixtures("device")
+def test_an_optimizer_whose_state_does_not_fit_is_told_before_step_1(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    if where == "its state":
+        run_out_in_update(monkeypatch, 1)
+    else:
+        monkeypatch.setattr("fine_tune.callbacks.rehearsal.torch.zeros_like", no_memory)
+    outcome = command_line("fit", *fit_args)
+    assert outcome.code == 2
+    assert "model.optimizer: the state of AdamW for" in outcome.err
+    assert "before the first step, nothing has changed" in outcome.err
+    for remedy in ("bitsandbytes.optim.PagedAdamW8bit", "--model.lora auto", "a smaller model"):
+        assert remedy in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not list(outcome.run().checkpoints.glob("*"))
+
+
+def no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ([], False),
+        (["--model.gradient_checkpointing", "true"], True),
+        (["--data.eval_batch_size", "3"], True),
+        (["--model.attn_implementation", "eager"], True),
+    ],
+)
+@pytest.mark.usefixtures("device")
+def test_a_run_that_goes_on_is_rehearsed_again_only_where_its_memory_changed(
+    command_line: CommandLine, fit_args: list[str], changed: list[str], again: bool
 ) -> None:
     args = [*fit_args, "--checkpoint.every", "2"]
     stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "5"]
     with pytest.raises(RuntimeError, match="a defect"):
         command_line("fit", *args, *stop)
-    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    resumed = command_line("fit", *args, "--ckpt_path", "last", *changed)
+    assert resumed.code == 0, resumed.err
     first, _, second = resumed.out.rpartition("precision: ")
-    assert "rehearsed" in first and "rehearsed" not in second
+    assert "rehearsed" in first and ("rehearsed" in second) == again
+
+
+@pytest.mark.usefixtures("device")
+def test_the_rehearsal_measures_a_whole_checkpoint_and_holds_it_against_the_disk(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*fit_args, "--checkpoint.keep", "2"]
+    plenty = command_line("fit", *args, "--name", "plenty")
+    last = plenty.run("plenty").checkpoint("last")
+    assert last is not None
+    num_bytes = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
+    shown = float(re.findall(r"a checkpoint has ([\d.]+) GB", plenty.out)[0]) * 1e9
+    assert shown == pytest.approx(num_bytes, rel=0.05, abs=5e5)  # the optimizer's state included
+    assert "checkpoint.keep 2 holds up to" not in plenty.out
+    usage = shutil.disk_usage(plenty.root)
+    for times, told in ((3.5, True), (4.5, False)):  # two of the best, the last, one being written
+        now = usage._replace(free=int(times * num_bytes))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, now=now: now)
+        outcome = command_line("fit", *args, "--name", f"times_{int(times)}")
+        assert outcome.code == 0, outcome.err
+        assert ("checkpoint.keep 2 holds up to 4 checkpoints at once" in outcome.out) == told
 
 
 def test_the_budget_is_cut_before_a_device_is_full(
@@ -278,6 +396,33 @@ def test_the_budget_is_cut_before_a_device_is_full(
     assert "the device is nearly full: 1,024 -> 512 tokens per micro-batch" in outcome.out
     assert "96 % of the device's 9.3 GiB are used" in outcome.out
     assert float(outcome.metrics()[0]["perf/memory_used_percent"]) == pytest.approx(96.0)
+
+
+def test_a_device_that_stays_nearly_full_is_told_once_for_each_smaller_budget(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    device.percent = 96.0
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--data.epochs", "6")
+    assert outcome.code == 0, outcome.err
+    steps = len([row for row in outcome.metrics() if row["train/loss"]])
+    assert steps >= 24 and device.num_cleared == steps  # caches are given back before each
+    events = [event["event"] for event in outcome.run().read()["events"]]
+    budgets = [re.findall(r"([\d,]+) -> ([\d,]+) tokens", event)[0] for event in events]
+    cuts = [tuple(int(number.replace(",", "")) for number in pair) for pair in budgets]
+    assert all(after < before for before, after in cuts)
+    assert [before for before, _ in cuts[1:]] == [after for _, after in cuts[:-1]]
+    assert len(cuts) < 12
+    assert outcome.out.count("of the device's 9.3 GiB are used") == 1
+
+
+def test_below_the_threshold_no_cache_is_cleared(
+    command_line: CommandLine, fit_args: list[str], device: Device
+) -> None:
+    device.percent = 94.0
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL)
+    assert outcome.code == 0, outcome.err
+    assert device.num_cleared == 0
+    assert outcome.out.count("of the device's 9.3 GiB are used") == 1
 
 
 class SharedDevice(Device):

@@ -15,7 +15,13 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.acceler
 
 
 def two_ranks(tmp_path: Path, *args: str) -> str:
-    done = subprocess.run(
+    done = run_two_ranks(tmp_path, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_two_ranks(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "fine_tune", "fit", *args, *TWO]
         + ["--trainer.default_root_dir", str(tmp_path)],
         cwd=REPOSITORY,
@@ -29,15 +35,14 @@ def two_ranks(tmp_path: Path, *args: str) -> str:
         timeout=200,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
+@pytest.mark.parametrize("how", ["memory", "sum"])
 def test_one_ranks_out_of_memory_makes_all_take_smaller_parts(
-    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, how: str
 ) -> None:
     single = command_line("fit", *fit_args, "--name", "single")
-    spoil = ["--trainer.callbacks+=spoil_rank.SpoilRank"]
+    spoil = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", how]
     out = two_ranks(tmp_path, *fit_args, *spoil, "--name", "together")
     assert "out of memory in the step of step 3 (4 rows at once" in out
     ours, theirs = (
@@ -49,6 +54,16 @@ def test_one_ranks_out_of_memory_makes_all_take_smaller_parts(
     assert event["step"] == 3
     rows = [read_row_losses(single.run(name)) for name in ("together", "single")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)  # of each validation row: id, count, loss
+
+
+def test_one_rank_without_room_for_its_optimizer_stops_both_before_step_1(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    spoil = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", "update"]
+    done = run_two_ranks(tmp_path, *fit_args, *spoil)
+    assert done.returncode == 2, done.stderr
+    assert "model.optimizer: the state of AdamW for" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_one_ranks_nan_lowers_the_precision_of_all(
