@@ -21,7 +21,11 @@ def main(args: list[str]) -> int:
     parser.add_argument(
         "--language", choices=LANGUAGES, default="en", help="English or Indonesian."
     )
-    parser.add_argument("--every", type=int, help="Steps between two rows of the table of steps.")
+    parser.add_argument(
+        "--every",
+        type=int,
+        help="Steps between two rows of the table of steps; rounded up to whole logging intervals.",
+    )
     parser.add_argument(
         "--grid_gco2e_per_kwh",
         type=float,

@@ -275,7 +275,7 @@ def test_ten_thousand_logged_steps_are_drawn_in_five_seconds_under_two_megabytes
 ) -> None:
     draw = random.Random(0)
     rows = [
-        f"{step},{step / 1000},{3 + draw.random() if step != 5678 else 77.5},1e-4,{draw.random()},9000,,0.5,0.6"
+        f"{step},{step / 1000},{3 + draw.random() if step != 5678 else 77.5},1e-4,{draw.random()},9000,{3 + draw.random()},0.5,0.6"
         for step in range(1, 10_001)
     ]
     head = "step,epoch,train/loss,lr,grad_norm,perf/tokens_per_second,val/loss,"
@@ -285,7 +285,9 @@ def test_ten_thousand_logged_steps_are_drawn_in_five_seconds_under_two_megabytes
         {"step": s, "kind": k, "event": "e"}
         for s, k in ((3000, "out_of_memory"), (7000, "fallback"))
     ]
+    events += [{"step": s, "kind": "nearly_full", "event": "e"} for s in range(1, 10_001)]
     record = {"status": "finished", "step": 10_000, "num_steps": 10_000, "events": events}
+    record |= {"best_step": 4321, "best_score": 3.0}
     record["starts"] = [{"from_step": 0}, {"from_step": 5000}]
     (tmp_path / "run.json").write_text(json.dumps(record))
     start = time.perf_counter()
@@ -297,7 +299,10 @@ def test_ten_thousand_logged_steps_are_drawn_in_five_seconds_under_two_megabytes
     assert len(page.rows("steps")) == 100
     curves = page.parts["curves"]
     assert {"Out of memory", "Precision fallback", "Resumed"} <= set(curves.chart_texts)
-    assert {"80", "60"} & set(curves.chart_texts)  # the one spike is drawn
+    assert {"80", "60", "50"} & set(curves.chart_texts)  # the one spike is drawn
+    evaluated = [row["step"] for row in page.rows("evaluation")]
+    assert len(evaluated) <= 100 and {"1", "4,321", "10,000"} <= set(evaluated)
+    assert f"{len(evaluated)} of 10,000 evaluations" in page.html
     assert [line for line in curves.told if line.startswith("Resumed")] == [
         "Resumed: at step 5,000"
     ]

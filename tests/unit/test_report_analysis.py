@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fine_tune.report.analysis import Analysis, Evidence, analyse, gap, gradients
-from fine_tune.report.charts import smoothed, thinned
+from fine_tune.report.charts import Drawing, Line, Mark, draw, smoothed, thinned
 from fine_tune.report.findings import analysis_of
 from fine_tune.report.intervals import wilson
 from fine_tune.report.noise import mean_until, noise
@@ -180,6 +180,15 @@ def test_thinning_keeps_the_extremes_and_smoothing_the_mean() -> None:
     assert thin.steps[thin.values.argmax()] == 1235
     assert thinned(curve([3, 1, 2, 9, 4]), most=1).values.tolist() == [1, 9]
     assert smoothed(curve([0, 3, 6]), 3).values.tolist() == [1.5, 3, 4.5]
+
+
+def test_marks_of_one_kind_are_few_with_the_first_and_the_last() -> None:
+    def drawn(steps: list[int]) -> int:
+        lines = [Line("a", curve(np.ones(1000)))]
+        return draw(Drawing(lines, "step", [Mark("m", steps, "bad")])).count("var(--bad)")
+
+    assert drawn(list(range(1, 1001))) <= 62
+    assert drawn([1, 1000]) < drawn([1, 500, 1000]) < drawn(list(range(1, 60)))
 
 
 def test_wilson_of_9_in_10() -> None:
