@@ -275,7 +275,8 @@ def test_ten_thousand_logged_steps_are_drawn_in_five_seconds_under_two_megabytes
 ) -> None:
     draw = random.Random(0)
     rows = [
-        f"{step},{step / 1000},{3 + draw.random() if step != 5678 else 77.5},1e-4,{draw.random()},9000,{3 + draw.random()},0.5,0.6"
+        f"{step},{step / 1000},{3 + draw.random() if step != 5678 else 77.5},1e-4,"
+        f"{draw.random()},9000,{3 + draw.random()},0.5,0.6"
         for step in range(1, 10_001)
     ]
     head = "step,epoch,train/loss,lr,grad_norm,perf/tokens_per_second,val/loss,"
@@ -399,6 +400,15 @@ def test_a_run_that_still_improves_is_told_so(
     finding, verdict = analysed(command_line, fit_args, *more)
     assert "Validation loss fell from" in finding and finding.endswith("Still improving.")
     assert verdict.startswith("The run was still improving when it ended: more epochs")
+
+
+def test_a_run_that_learns_nothing_is_told_so(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    more = ("--data.epochs", 8, "--model.optimizer.lr", 1e-9)
+    finding, verdict = analysed(command_line, fit_args, *more)
+    assert finding.startswith("Nothing was learned: training loss began at")
+    assert verdict.startswith("The run did not learn: its losses ended where they began.")
 
 
 def test_a_report_replaces_a_report_and_nothing_else(

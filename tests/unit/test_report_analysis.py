@@ -107,6 +107,31 @@ def test_a_flat_end_is_convergence() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_a_run_that_learned_nothing_is_not_called_converged(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    train = 2.5 + 0.1 * draw.standard_normal(200)
+    validation = 2.5 + 0.005 * draw.standard_normal(20)
+    found = verdict(train, validation)
+    assert (found.verdict, found.main.key, found.main.tone) == ("flat", "flat_validation", "bad")
+    told = found.main.numbers
+    assert (told["val_first"], told["val_step"]) == (validation[0], 10)
+    assert told["val_best"] == validation.min()
+    alone = verdict(train)
+    assert (alone.verdict, alone.main.key) == ("flat", "flat_train")
+
+
+def test_a_flat_training_loss_is_no_failure_where_validation_or_the_preferences_moved() -> None:
+    train = np.full(100, 2.5) + noisy(np.zeros(100), 0.1)
+    assert verdict(train, [2.5, *np.full(9, 2.4)]).verdict == "converged"
+    assert verdict(train, np.full(10, 2.5)).verdict == "flat"
+    accuracy, high = curve([0.5, 0.62]), curve([0.6, 0.7])
+    better = verdict(train, np.full(10, 2.5), accuracy=(accuracy, curve([0.4, 0.53]), high))
+    assert better.verdict == "converged"
+    chance = verdict(train, np.full(10, 2.5), accuracy=(accuracy, curve([0.4, 0.49]), high))
+    assert chance.verdict == "flat"
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_noise_alone_is_neither_overfitting_nor_divergence_nor_improvement(seed: int) -> None:
     draw = np.random.default_rng(seed)
     train = falling(200, 0.1) + 0.1 * draw.standard_normal(200)
