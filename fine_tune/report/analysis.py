@@ -75,7 +75,7 @@ class Analysis:
 
 
 def analyse(evidence: Evidence) -> Analysis:
-    """Say whether a run converged, overfitted, diverged, still improved or learned nothing, and what else stands out."""
+    """Say whether a run converged, overfitted, diverged, still improved, or learned nothing; and what else shows."""
     others = [
         finding
         for finding in (
