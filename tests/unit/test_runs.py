@@ -105,6 +105,48 @@ def test_runs_are_filtered_and_sorted(root: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("resumable", ["killed/version_0"]),
+        ("killed, resumable", ["killed/version_0"]),
+        ("killed", ["killed/version_0"]),
+        ("finished", ["done/version_0"]),
+    ],
+)
+def test_a_status_is_found_as_the_table_shows_it(
+    root: Path, capsys: pytest.CaptureFixture[str], pattern: str, names: list[str]
+) -> None:
+    assert [run["run"] for run in listed(root, capsys, "--filter", f"status={pattern}")] == names
+
+
+def test_every_column_shown_can_be_sorted_by(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"split": "test", "metrics": {"test/loss": 0.5}}
+    write_run(root, "other", status="finished", step=3, seconds=9.0, results=[other])
+
+    def order(column: str) -> list[str]:
+        found = [run["run"].split("/")[0] for run in listed(root, capsys, f"--sort={column}")]
+        return [name for name in found if name in ("done", "other")]
+
+    assert order("time") == order("test") == order("step") == order("opened") == ["other", "done"]
+    assert order("-time") == order("-test") == order("-step") == ["done", "other"]
+    assert order("-opened") == order("best") == ["done", "other"]  # 3 openings; only one has a best
+    assert main(["runs", "--root", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for column in next(line for line in lines if "opened" in line).split():
+        listed(root, capsys, f"--sort={column}")
+
+
+@pytest.mark.parametrize("column", ["time", "opened", "test", "best", "step"])
+def test_a_column_that_is_empty_for_every_run_sorts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str
+) -> None:
+    write_run(tmp_path, "empty")
+    assert len(listed(tmp_path, capsys, f"--sort={column}")) == 1
+
+
+@pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--filter", "stat=x"], "did you mean 'status'"),
