@@ -340,7 +340,8 @@ def test_energy_is_counted_over_all_starts_and_co2e_needs_a_factor(
     assert longer.code == 0, longer.err
     command_line("report", run.path, "--grid_gco2e_per_kwh", 500)
     facts = report_of(run.path).parts["cost"].facts
-    assert facts["Energy"].startswith("4 Wh")
+    assert facts["Energy"].startswith("4 Wh of the GPUs alone, as NVML counts; of a start that was")
+    assert facts["Energy"].endswith("killed nothing is counted, neither here nor in CO2e")
     assert facts["CO2e"] == "2 g, at the given 500 g CO2e per kWh of the grid"
     assert any(
         line.startswith("Resumed: at step 2") for line in report_of(run.path).parts["curves"].told
