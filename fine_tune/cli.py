@@ -69,11 +69,11 @@ class FineTuneCLI(SettingsCLI):
             raise
         finally:
             try:
+                if self._lock is not None:
+                    self._lock.release()  # first: a run that nobody has is not reported as running
+            finally:
                 if self._run is not None and is_first_process():
                     run_endings.write_report(self._run, self.settings.report)
-            finally:
-                if self._lock is not None:
-                    self._lock.release()
 
     @property
     def run_folder(self) -> runs.RunFolder:

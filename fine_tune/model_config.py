@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,6 @@ def _how_to_make(folder: Path) -> str:
 def _folder_of_run(key: str, folder: Path) -> str:
     best = RunFolder(folder).checkpoint("best")
     if best is None:
-        command = f"python -m fine_tune fit --config {folder / 'config.yaml'}"
+        command = f"python -m fine_tune fit --config {shlex.quote(str(folder / 'config.yaml'))}"
         raise UserError(f"{key}: the run '{folder}' has no checkpoint yet; make one by {command}")
     return str(best)

@@ -20,6 +20,7 @@ from fine_tune.errors import UserError, nearest
 from fine_tune.exits import user_error_behind
 from fine_tune.memory_choices import choose_by_memory
 from fine_tune.parser_reports import innermost, with_key
+from fine_tune.report.cost import grid_problems
 from fine_tune.runs.answers import OF_ANSWERS
 from fine_tune.runs.run_folder import LOGS, check_name
 from fine_tune.saved_config import RunConfig
@@ -160,6 +161,7 @@ class SettingsCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         trainer = self.settings.trainer
         problems = trainer_problems(trainer)
+        problems += grid_problems(self.settings.get("grid_gco2e_per_kwh"))
         if trainer.plugins:
             self.why_precision = "the plugins decide"
         else:

@@ -69,14 +69,13 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
         )
         lines.append(f"{result['split']} of {result['checkpoint']}: {shown}")
     lines += reached(run, targets)
-    config = run.path / "config.yaml"
     lines += [
         f"best: step {record.get('best_step')}  {run.checkpoints / str(record.get('best'))}",
         f"metrics: {run.path / 'metrics.csv'}   log: {run.path / 'train.log'}",
-        f"curves: tensorboard --logdir {run.path}",
+        f"curves: tensorboard --logdir {shlex.quote(str(run.path))}",
     ]
     if record.get("status") == "finished":
-        lines.append(f"next: python -m fine_tune test --config {config} --ckpt_path best")
+        lines.append(f"next: python -m fine_tune test --config {_config(run)} --ckpt_path best")
         lines += _uses(run, record)
     else:
         lines.append(resume(run))
@@ -87,7 +86,7 @@ def _uses(run: RunFolder, record: dict[str, Any]) -> list[str]:
     """Lines that use what was trained, ready to paste."""
     identity, folder = record.get("identity", {}), shlex.quote(str(run.path))
     has_adapter = any(key.startswith("model.lora.") for key in identity)
-    rows = f"predict --config {shlex.quote(str(run.path / 'config.yaml'))} --ckpt_path best"
+    rows = f"predict --config {_config(run)} --ckpt_path best"
     rows += " --data.predict_path IN.jsonl --output OUT.jsonl"
     answers = [] if str(identity.get("model", "")).endswith("Reward") else [f"chat {folder}"]
     verbs = [*answers, rows, f"{'merge' if has_adapter else 'export'} {folder}"]
@@ -103,15 +102,17 @@ def stopped(run: RunFolder, verb: str, signal: str) -> list[str]:
         return [f"stopped by {signal} before anything was saved", resume(run)]
     where = f"step {record.get('step', 0):,} of {record.get('num_steps', 0):,}"
     if record.get("status") == "finished":
-        config = shlex.quote(str(run.path / "config.yaml"))
         line = f"stopped by {signal} after the last step, {where}; all of it is saved: {last}"
-        return [line, f"next: python -m fine_tune validate --config {config} --ckpt_path best"]
+        return [
+            line,
+            f"next: python -m fine_tune validate --config {_config(run)} --ckpt_path best",
+        ]
     return [f"stopped by {signal} at {where}; saved: {last}", resume(run)]
 
 
 def resume(run: RunFolder) -> str:
     """Say the command that goes on with a run; without a checkpoint, the one that starts it again."""
-    command = f"python -m fine_tune fit --config {shlex.quote(str(run.path / 'config.yaml'))}"
+    command = f"python -m fine_tune fit --config {_config(run)}"
     if run.checkpoint("last") is None:
         return f"start again: {command}"
     return f"resume: {command} --ckpt_path last"
@@ -139,6 +140,11 @@ def evaluation(run: RunFolder) -> list[str]:
         if _is_of(name, result)
     ]
     return [*lines, f"kept in {run.path / 'run.json'}"]
+
+
+def _config(run: RunFolder) -> str:
+    """The run's settings as one word of a command line."""
+    return shlex.quote(str(run.path / "config.yaml"))
 
 
 def _is_of(name: str, result: dict[str, Any]) -> bool:

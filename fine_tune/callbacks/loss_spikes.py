@@ -1,6 +1,7 @@
 """Losses far above those of the steps before: recorded with their rows, training goes on."""
 
 import logging
+import shlex
 import statistics
 from typing import Any
 
@@ -51,7 +52,7 @@ class LossSpikes(Callback):
             log.info(
                 "WARNING: %s; its rows: python -m fine_tune explain-step %s %d",
                 event,
-                run.path,
+                shlex.quote(str(run.path)),
                 trainer.global_step,
             )
             row_ids = [row_id for of_rank in ranks for row_id in of_rank]

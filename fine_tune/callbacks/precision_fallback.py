@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from functools import partial
 from typing import Any
 
@@ -80,9 +81,10 @@ class PrecisionFallback(Callback):
                 "is from before; lower model.optimizer.lr, or set trainer.gradient_clip_val"
             )
         if lower is None:
+            folder = shlex.quote(str(run_of(trainer).path))
             raise RunStopped(
                 f"{where}; weights and optimizer are still those of step {failure.step - 1}. Look at these rows "
-                f"(python -m fine_tune explain-step {run_of(trainer).path} {failure.step}), lower model.optimizer.lr, "
+                f"(python -m fine_tune explain-step {folder} {failure.step}), lower model.optimizer.lr, "
                 "or set trainer.gradient_clip_val"
             )
         log.info(

@@ -1,6 +1,7 @@
 """``merge``: a run's adapter merged into its base, checked, as a folder that any Hugging Face tool opens."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ def merge(
     if not trained.trains_adapter:
         raise UserError(
             f"run: {trained.run.name} trained all weights, so there is nothing to merge; "
-            f"python -m fine_tune export {run} writes them"
+            f"python -m fine_tune export {shlex.quote(run)} writes them"
         )
     target = Path(output) if output is not None else trained.run.path / "merged"
     ModelFolder(trained, merged=True).card()  # what is wrong with the record shows before the work

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fine_tune.errors import UserError
 from fine_tune.printable import printable
+from fine_tune.report.cost import grid_problems
 from fine_tune.report.words import LANGUAGES
 from fine_tune.report.write import write_comparison, write_report
 from fine_tune.runs.find import find_run
@@ -21,7 +22,11 @@ def main(args: list[str]) -> int:
     parser.add_argument(
         "--language", choices=LANGUAGES, default="en", help="English or Indonesian."
     )
-    parser.add_argument("--every", type=int, help="Steps between two rows of the table of steps.")
+    parser.add_argument(
+        "--every",
+        type=int,
+        help="Steps between two rows of the table of steps; rounded up to whole logging intervals.",
+    )
     parser.add_argument(
         "--grid_gco2e_per_kwh",
         type=float,
@@ -37,11 +42,13 @@ def main(args: list[str]) -> int:
     try:
         if own.every is not None and own.every < 1:
             raise UserError(f"--every: must be at least 1, got {own.every}")
+        grid = own.grid_gco2e_per_kwh
+        if problems := grid_problems(grid):
+            raise UserError(*problems)
         folders = [find_run(name, own.root).path for name in own.run]
         if len(folders) > 1:
             file = write_comparison(folders, own.language, own.output)
         else:
-            grid = own.grid_gco2e_per_kwh
             file = write_report(folders[0], own.language, own.every, grid, own.output)
     except UserError as error:
         for problem in error.problems:

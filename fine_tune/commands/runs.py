@@ -16,10 +16,11 @@ from rich.text import Text
 from fine_tune.errors import UserError, nearest
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
-from fine_tune.runs.listing import HEADLINES, WRONG, Listed, list_runs, numbers
+from fine_tune.runs.listing import WRONG, Listed, headline, list_runs, numbers
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
 
 TEXTS = ["run", "status", "model", "data", "started"]
+SHOWN = {"time": "seconds", "opened": "test_openings", "test": "test"}  # columns, by what they show
 COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "red"}
 
 
@@ -33,7 +34,7 @@ def main(args: list[str]) -> int:
         action="append",
         default=[],
         metavar="KEY=PATTERN",
-        help=f"Only these, like status=killed or model=*phi*; keys: {', '.join(TEXTS)}. May be repeated.",
+        help=f"Only these, like status=resumable or model=*phi*; keys: {', '.join(TEXTS)}. May be repeated.",
     )
     parser.add_argument(
         "--sort",
@@ -80,7 +81,10 @@ def _passes(run: Listed, filters: list[str]) -> bool:
             raise UserError(
                 f"--filter: '{given}' is not KEY=PATTERN{nearest(key, TEXTS) or '; keys: ' + ', '.join(TEXTS)}"
             )
-        if not fnmatch(str(run[key] or ""), pattern):
+        texts = [str(run[key] or "")]
+        if key == "status" and run["resumable"]:
+            texts += ["resumable", f"{run[key]}, resumable"]  # as the table shows it
+        if not any(fnmatch(text, pattern) for text in texts):
             return False
     return True
 
@@ -91,9 +95,10 @@ def _sorted(runs: list[Listed], sort: str) -> list[Listed]:
         return sorted(
             runs, key=lambda run: str(run[key] or ""), reverse=(key == "started") != backwards
         )
+    key = SHOWN.get(key, key)
     known = sorted({name for run in runs for name, _ in numbers(run)})
-    if runs and key not in known:
-        names = [*TEXTS, *known]
+    if runs and key not in [*known, *SHOWN.values(), "best", "step"]:
+        names = [*TEXTS, *SHOWN, *known]
         raise UserError(
             f"--sort: no run has '{key}'{nearest(key, names) or '; known: ' + ', '.join(names)}"
         )
@@ -121,14 +126,8 @@ def _table(runs: list[Listed]) -> Table:
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name == "run")
     for run in runs:
         status = f"{run['status']}{', resumable' if run['resumable'] else ''}"
-        test = next(
-            (
-                f"{n.removeprefix('test/')} {run['test'][n]:.4g}"
-                for n in HEADLINES
-                if n in run["test"]
-            ),
-            "",
-        )
+        first = headline(run)
+        test = f"{first.removeprefix('test/')} {run['test'][first]:.4g}" if first else ""
         cells = [
             run["run"],
             Text(printable(status), style=COLOURS.get(run["status"], "yellow")),

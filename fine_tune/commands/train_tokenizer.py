@@ -1,6 +1,7 @@
 """`train-tokenizer`: a tokenizer fitted to texts, measured on texts it did not see, beside another if one is named."""
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,9 @@ def train_tokenizer(
         own = load_tokenizer("--output", output)
         for line in _compared({str(folder): own, **({str(beside): other} if other else {})}, read):
             console.print(line)
-    console.print(f"next: python -m fine_tune fit --config X --model.tokenizer {folder}")
+    console.print(
+        f"next: python -m fine_tune fit --config X --model.tokenizer {shlex.quote(str(folder))}"
+    )
 
 
 class _Read:

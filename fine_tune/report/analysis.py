@@ -21,7 +21,7 @@ from fine_tune.report.noise import (
 )
 from fine_tune.report.record import Curve
 
-Verdict = Literal["diverged", "overfitted", "worsened", "improving", "converged", "unclear"]
+Verdict = Literal["diverged", "overfitted", "worsened", "improving", "converged", "flat", "unclear"]
 Tone = Literal["good", "bad", "note"]
 LATE = 0.8  # from here on a run is late
 SIGMAS = 3.0
@@ -75,7 +75,7 @@ class Analysis:
 
 
 def analyse(evidence: Evidence) -> Analysis:
-    """Say whether a run converged, overfitted, diverged or still improved, and what else stands out."""
+    """Say whether a run converged, overfitted, diverged, still improved, or learned nothing; and what else shows."""
     others = [
         finding
         for finding in (
@@ -103,7 +103,11 @@ def analyse(evidence: Evidence) -> Analysis:
     worse = overfitting(train, validation)
     if worse is not None:
         return Analysis("overfitted" if worse.key == "overfitted" else "worsened", worse, others)
-    return Analysis(*improvement(train, validation), others)
+    stands, main = improvement(train, validation)
+    nothing = unlearned(train, validation) if stands == "converged" else None
+    if nothing is not None and "prefers" not in [finding.key for finding in others]:
+        return Analysis("flat", nothing, others)
+    return Analysis(stands, main, others)
 
 
 def training_trend(train: Curve) -> Finding | None:
@@ -202,6 +206,21 @@ def improvement(train: Curve, validation: Curve) -> tuple[Verdict, Finding]:
     if before - now > limit:
         return "improving", Finding(f"improving_{which}", "note", numbers)
     return "converged", Finding(f"converged_{which}", "good", {**numbers, "limit": limit})
+
+
+def unlearned(train: Curve, validation: Curve) -> Finding | None:
+    """Find that nothing was learned: training loss ends where it began, and validation never fell, beyond noise."""
+    trend = training_trend(train)
+    if trend is None or trend.key != "train_flat":
+        return None
+    if not len(validation):
+        return Finding("flat_train", "bad", trend.numbers)
+    first, best = float(validation.values[0]), float(validation.values.min())
+    error = (SIGMAS + luck(len(validation))) * late_noise(validation)
+    if first - best > max(error, OF_LEVEL * abs(first)):
+        return None
+    numbers = {"val_first": first, "val_step": int(validation.steps[0]), "val_best": best}
+    return Finding("flat_validation", "bad", {**trend.numbers, **numbers})
 
 
 def gap(train: Curve, validation: Curve) -> Finding | None:

@@ -17,6 +17,7 @@ from matplotlib.ticker import NullFormatter
 from fine_tune.report.record import Curve
 
 MOST_STRETCHES = 300
+MOST_MARKS = 60  # of one kind
 SIZE_INCHES = (5.2, 2.9)
 # Colours no other part of a drawing has; the page gives each of them its own in light and dark.
 INK = {"#010101": "ink", "#020202": "faint", "#030303": "one", "#040404": "two", "#050505": "three"}
@@ -159,7 +160,10 @@ def _line(axes: Axes, line: Line) -> None:
 
 
 def _mark(axes: Axes, mark: Mark) -> None:
-    for i, step in enumerate(mark.steps):
+    index = np.linspace(0, len(mark.steps) - 1, min(len(mark.steps), MOST_MARKS)).round()
+    for i, step in enumerate(
+        mark.steps[int(at)] for at in index
+    ):  # the first and the last among them
         axes.axvline(
             step,
             color=COLOUR[mark.colour],

@@ -4,7 +4,7 @@ import shlex
 import statistics
 
 from fine_tune.report.blocks import Block, Code, Facts, Section, Sentences
-from fine_tune.report.record import RunRecord
+from fine_tune.report.record import RunRecord, is_number
 from fine_tune.report.words import Words
 
 PYTHON = "python -m fine_tune"
@@ -33,10 +33,19 @@ def cost(run: RunRecord, words: Words, grid: float | None) -> Section:
     energy = co2e = words("not_measured")
     if isinstance(watt_hours, int | float):
         energy, co2e = words("watt_hours", value=float(watt_hours)), words("co2e_no_factor")
+        if len(run.record.get("starts", [])) > 1:  # the counter is kept when a start ends
+            energy = words("energy_of_starts", energy=energy)
         if grid is not None:
             co2e = words("co2e_of", grams=watt_hours / 1000 * grid, factor=grid)
     pairs += [(words("energy"), energy), (words("co2e"), co2e)]
     return Section("cost", words("cost"), [Facts(pairs)])
+
+
+def grid_problems(grid: float | None) -> list[str]:
+    """Say what is wrong with the grams of CO2e per kWh that were given, if any were."""
+    if grid is None or (is_number(grid) and grid >= 0):
+        return []
+    return [f"grid_gco2e_per_kwh: must be grams of CO2e per kWh, from 0 up; got {grid}"]
 
 
 def _time(run: RunRecord, words: Words) -> str:

@@ -14,11 +14,15 @@ _NUMBER = re.compile(r"\s*[+\-]?[\d.,]+(?:e[+\-]?\d+)?\s*%?", re.IGNORECASE)
 def plain(text: object) -> str:
     """Return text with control characters written out, and nothing a spreadsheet would take for a formula.
 
-    ``=cmd()`` becomes ``'=cmd()``: a program that pastes the cell shows it as it is. Ends of lines stay.
+    ``=cmd()`` becomes ``'=cmd()``: a program that pastes the cell shows it as it is. Ends of lines stay, and what
+    stands behind one is pasted as a cell of its own.
     """
-    shown = printable(str(text), "\n" + JOINERS)
-    is_formula = _FORMULA.match(shown) and not _NUMBER.fullmatch(shown) and len(shown.strip()) > 1
-    return f"'{shown}" if is_formula else shown
+    return "\n".join(map(_inert, printable(str(text), "\n" + JOINERS).split("\n")))
+
+
+def _inert(line: str) -> str:
+    is_formula = _FORMULA.match(line) and not _NUMBER.fullmatch(line) and len(line.strip()) > 1
+    return f"'{line}" if is_formula else line
 
 
 def markdown(text: object) -> str:

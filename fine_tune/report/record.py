@@ -15,6 +15,8 @@ from fine_tune.runs.run_folder import RECORD, RunFolder, status_of
 from fine_tune.runs.run_lock import is_owned
 
 METRICS, CONFIG, AUDIT, ANSWERS = "metrics.csv", "config.yaml", "data.json", "generations.jsonl"
+ADAPTER = "adapter_config.json"
+OPTIONAL = (ANSWERS, ADAPTER)  # nobody may have been asked; all weights may be trained
 LISTS = ("results", "events", "starts", "commands", "changes", "parents", "test_openings")
 MAPPINGS = ("environment", "num_rows", "num_tokens", "num_supervised", "model", "energy")
 LARGEST = 1e100  # what no run computes, and nothing draws
@@ -48,6 +50,7 @@ class RunRecord:
         metrics: Rows of ``metrics.csv`` by step, numbers only.
         audit: ``data.json``.
         answers: ``generations.jsonl``.
+        adapter: ``adapter_config.json`` of the last checkpoint.
         is_owned: Whether a process may be writing into the folder.
         missing: Files that are not there.
         damaged: Files that cannot be read as a whole.
@@ -59,6 +62,7 @@ class RunRecord:
     metrics: list[dict[str, float]] = field(default_factory=list)
     audit: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    adapter: dict[str, Any] = field(default_factory=dict)
     is_owned: bool = False
     missing: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
@@ -137,9 +141,9 @@ def read_run(path: Path) -> RunRecord:
         try:
             text = (path / name).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            missing.extend([name] if name != ANSWERS else [])  # nobody may have been asked
+            missing.extend([name] if Path(name).name not in OPTIONAL else [])
             return empty
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no name of a file
             damaged.append(name)
             return empty
         try:
@@ -154,13 +158,16 @@ def read_run(path: Path) -> RunRecord:
     answers, cut = read(ANSWERS, _json_lines, ([], 0))
     metrics, broken = read(METRICS, _rows, ([], 0))
     damaged += [name for name, count in ((METRICS, broken), (ANSWERS, cut)) if count]
+    record = _typed(read(RECORD, json.loads, {}))
+    last = Path(str(record.get("last"))).name  # of the run's own checkpoints, whatever stands there
     return RunRecord(
         path,
-        record=_typed(read(RECORD, json.loads, {})),
+        record=record,
         config=read(CONFIG, yaml.safe_load, {}),
         metrics=metrics,
         audit=read(AUDIT, json.loads, {}),
         answers=answers,
+        adapter=read(f"checkpoints/{last}/{ADAPTER}", json.loads, {}),
         is_owned=is_owned(path),
         missing=missing,
         damaged=damaged,

@@ -108,18 +108,24 @@ def _optimization(run: RunRecord, words: Words) -> list[tuple[str, str]]:
     optimizer = str(run.setting("model.optimizer.class_path", "torch.optim.AdamW"))
     about = [words("decay", value=float(decay))] if decay is not None else []
     about += [words("clipped_at", value=float(clip))] if clip else []
-    interval = run.number("trainer.val_check_interval")
-    validated = words("unknown")
-    if interval is not None:
-        is_share = isinstance(interval, float) and interval <= 1
-        validated = words.share(interval, 0) if is_share else words("every_steps", steps=interval)
     return [
         (words("learning_rate"), words.rate(rate) if rate is not None else words("unknown")),
         (words("scheduler"), f"{_shown(run.setting('model.lr_scheduler'), words)}, {warm}"),
         (words("optimizer"), ", ".join([optimizer.rsplit(".", 1)[-1], *about])),
-        (words("validation_interval"), validated),
+        (words("validation_interval"), _validated(run, words)),
         (words("seed"), _shown(run.setting("seed_everything"), words)),
     ]
+
+
+def _validated(run: RunRecord, words: Words) -> str:
+    interval = run.number("trainer.val_check_interval")
+    if interval is not None:
+        is_share = isinstance(interval, float) and interval <= 1
+        return words.share(interval, 0) if is_share else words("every_steps", steps=interval)
+    per_epoch = run.record.get("steps_per_epoch")
+    if run.config and run.setting("trainer.val_check_interval") is None and per_epoch:
+        return words("every_epoch", steps=per_epoch)
+    return words("unknown")
 
 
 def _numerics(run: RunRecord, words: Words) -> list[tuple[str, str]]:
@@ -144,12 +150,12 @@ def _adapter(run: RunRecord, words: Words) -> list[tuple[str, str]]:
     if run.setting("model.lora") is None:
         pairs.append((words("lora"), words("lora_none")))
     else:
-        targets = run.setting("model.lora.target_modules", words("lora_default_targets"))
+        targets = _of_lora(run, "target_modules") or words("lora_default_targets")
         shown = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
         pairs += [
-            (words("lora_r"), _shown(run.setting("model.lora.r"), words)),
-            (words("lora_alpha"), _shown(run.setting("model.lora.lora_alpha"), words)),
-            (words("lora_dropout"), _shown(run.setting("model.lora.lora_dropout"), words)),
+            (words("lora_r"), _shown(_of_lora(run, "r"), words)),
+            (words("lora_alpha"), _shown(_of_lora(run, "lora_alpha"), words)),
+            (words("lora_dropout"), _shown(_of_lora(run, "lora_dropout"), words)),
             (words("lora_targets"), shown),
         ]
     model = run.record.get("model", {})
@@ -161,6 +167,11 @@ def _adapter(run: RunRecord, words: Words) -> list[tuple[str, str]]:
             "trained_of", trained=trained, total=total, share=words.share(trained / total, 2)
         )
     return [*pairs, (words("trainable"), share)]
+
+
+def _of_lora(run: RunRecord, name: str) -> Any:
+    """Return a setting of LoRA: as given, or as the last checkpoint has it, chosen by rule or by peft."""
+    return run.setting(f"model.lora.{name}", run.adapter.get(name))
 
 
 def _history(run: RunRecord, words: Words) -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """How training went, in tables: every N-th step, and every evaluation."""
 
+from typing import Any
+
 from fine_tune.report.blocks import Section, Sentences, Table
 from fine_tune.report.noise import mean_until
 from fine_tune.report.record import RunRecord
@@ -10,12 +12,12 @@ NICE = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 100
 
 
 def steps(run: RunRecord, words: Words, every: int | None) -> Section:
-    """List every N-th step: loss, learning rate, gradient norm, epoch."""
+    """List every N-th step, whole logging intervals apart: loss, learning rate, gradient norm, epoch."""
     rows = [row for row in run.metrics if "train/loss" in row]
     if not rows:
         return Section("steps", words("steps"), [Sentences([("note", words("no_metrics"))])])
     logged = max(1, int(run.number("trainer.log_every_n_steps") or 1))
-    every = every or interval(len(rows), logged)
+    every = -(-every // logged) * logged if every else interval(len(rows), logged)
     cells, final = [], int(rows[-1]["step"])
     for row in rows:
         step = int(row["step"])
@@ -27,7 +29,7 @@ def steps(run: RunRecord, words: Words, every: int | None) -> Section:
             ]
             cells.append([words.number(step), *numbers, _epoch(row, words)])
     head = [words(k) for k in ("step", "train_loss", "lr", "grad_norm", "epoch")]
-    note = words("every_n", every=every, logged=len(rows))
+    note = words("every_n", every=every, shown=len(cells), logged=len(rows))
     return Section("steps", words("steps"), [Table(head, cells, num_text=0, note=note)])
 
 
@@ -47,7 +49,8 @@ def evaluations(run: RunRecord, words: Words) -> Section:
     rows: list[list[str]] = []
     marked = set()
     best = run.record.get("best_step")
-    for row in (row for row in run.metrics if "val/loss" in row):
+    shown = _chosen([row for row in run.metrics if "val/loss" in row], best)
+    for row in shown:
         step, loss = int(row["step"]), row["val/loss"]
         before = mean_until(train, step)
         cells = [words.number(step), _epoch(row, words), words.number(loss)]
@@ -59,12 +62,24 @@ def evaluations(run: RunRecord, words: Words) -> Section:
             marked.add(len(rows))
         rows.append([*cells, *(_with_interval(row, name, words) for name in names)])
     head = [words(k) for k in ("step", "epoch", "val_loss", "train_around", "gap", "eval_seconds")]
-    table = Table(
-        [*head, *names], rows, num_text=0, note=words("gap_note"), marked=frozenset(marked)
-    )
+    note = words("gap_note")
+    if len(shown) < len(validation):
+        few = words("evaluations_shown", shown=len(shown), count=len(validation))
+        note = f"{few} {note}"
+    table = Table([*head, *names], rows, num_text=0, note=note, marked=frozenset(marked))
     return Section(
         "evaluation", words("evaluation"), [Sentences([("note", _best(run, words))]), table]
     )
+
+
+def _chosen(rows: list[dict[str, float]], best: Any) -> list[dict[str, float]]:
+    """Keep at most ``MOST_ROWS`` evaluations, evenly apart; the best and the last one are always among them."""
+    apart = 1 if len(rows) <= MOST_ROWS else -(-len(rows) // (MOST_ROWS - 2))
+    return [
+        row
+        for i, row in enumerate(rows)
+        if i % apart == 0 or i == len(rows) - 1 or row["step"] == best
+    ]
 
 
 def _measured(run: RunRecord) -> list[str]:

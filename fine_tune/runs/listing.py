@@ -25,7 +25,8 @@ def list_runs(root: Path) -> tuple[list[Listed], list[str]]:
     Returns:
         One flat description per run: ``run``, ``status`` (running, finished, stopped, failed, killed, empty),
         ``resumable``, ``step``, ``num_steps``, ``model``, ``data``, ``monitor``, ``best``, ``test``,
-        ``test_openings`` (of its test split, over all runs), ``started``, ``seconds``, ``path``; and a line for each
+        ``test_openings`` (of its test split, over all runs that are still there; those of deleted runs are counted by
+        ``test`` alone, from the list beside the sealed split), ``started``, ``seconds``, ``path``; and a line for each
         record that cannot be read.
     """
     problems: list[str] = []
@@ -138,6 +139,11 @@ def _number(value: Any) -> Any:
     return value if is_number and math.isfinite(value) and abs(value) < 1e12 else None
 
 
+def headline(run: Listed) -> str | None:
+    """Name what is looked at first of what a run measured of its test split."""
+    return next((name for name in HEADLINES if run["test"].get(name) is not None), None)
+
+
 def numbers(run: Listed) -> Iterator[tuple[str, float]]:
     """Give every number of a description by the name it is sorted by."""
     for name in ("step", "seconds", "test_openings"):
@@ -146,4 +152,7 @@ def numbers(run: Listed) -> Iterator[tuple[str, float]]:
     if run["best"] is not None:
         yield "best", run["best"]
         yield str(run["monitor"]), run["best"]
+    first = headline(run)
+    if first is not None:
+        yield "test", run["test"][first]
     yield from ((name, value) for name, value in run["test"].items() if value is not None)

@@ -1,5 +1,6 @@
 """A run folder has one owner: the first process of fit, validate or test that writes there."""
 
+import fcntl
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ log = logging.getLogger("fine_tune")
 LOCK, OWNER = ".lock", ".owner.json"
 TAKE_OVER_VARIABLE = "FINE_TUNE_TAKE_OVER"  # by a sweep: an owner on another machine is gone
 ORPHANS_SECONDS = 20.0  # data workers of a killed process hold its lock until they notice
+QUIET_SECONDS = 15 * 60.0  # without a word of an owner on another machine
+WRITTEN = (OWNER, "run.json", "metrics.csv", "train.log")  # while a run goes on
 
 
 class RunLock:
@@ -105,12 +108,36 @@ class RunLock:
 
 
 def is_owned(folder: Path) -> bool:
-    """Whether a process owns a run folder, as far as this machine can tell; nothing is written or locked."""
+    """Whether a process owns a run folder, as far as this machine can tell; nothing is written.
+
+    A process on another machine cannot be looked into. It is gone if nothing was written for ``QUIET_SECONDS`` and
+    nobody holds the lock; neither alone is enough: a step can be slow, and not every storage shares its locks.
+    """
     try:
         owner = dict(json.loads((folder / OWNER).read_text()))
+        elsewhere = owner.get("host") != socket.gethostname()
+        if elsewhere and _is_quiet(folder) and _is_free(folder / LOCK):
+            return False
         return _alive(owner)
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _is_quiet(folder: Path) -> bool:
+    files = [file for name in WRITTEN if (file := folder / name).exists()]
+    return time.time() - max(file.stat().st_mtime for file in files) > QUIET_SECONDS
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether nobody holds a lock: it can be shared, for an instant."""
+    try:
+        with open(lock, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back by closing
+    except FileNotFoundError:
+        return True
+    except OSError:  # held, or a storage without locks
+        return False
+    return True
 
 
 def _alive(owner: dict[str, Any]) -> bool:

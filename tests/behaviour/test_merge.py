@@ -224,25 +224,34 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     assert not [p for p in run.iterdir() if "merged" in p.name]
 
 
+@pytest.mark.parametrize(
+    ("more", "bound"), [([], 1e-4), (["--model.quantization", "nf4"], 5e-3)], ids=["lora", "qlora"]
+)
 def test_a_merge_that_differs_is_refused_and_leaves_nothing(
     command_line: CommandLine,
     fit_args: list[str],
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    bound: float,
 ) -> None:
-    run = trained(command_line, fit_args, model_folder)
+    run = trained(command_line, fit_args, model_folder, *more)
     whole = LoraModel.merge_and_unload
 
     def spoiled(self: Any, **options: Any) -> Any:
         model = whole(self, **options)
         with torch.no_grad():
-            model.lm_head.weight.mul_(1.01)
+            model.lm_head.weight.mul_(1 + 4 * bound)  # of logits of about half
         return model
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", spoiled)
     outcome = command_line("merge", run)
     assert outcome.code == 2
-    assert "logits differ from the adapter's by up to" in outcome.err
+    told = re.search(
+        "logits differ from the adapter's by up to (.*), allowed are (.*);", outcome.err
+    )
+    assert told is not None and told[2] == f"{bound:.2g}"
+    assert bound < float(told[1]) < 10 * bound
     assert not [p for p in run.iterdir() if "merged" in p.name]
 
 

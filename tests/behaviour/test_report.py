@@ -275,7 +275,8 @@ def test_ten_thousand_logged_steps_are_drawn_in_five_seconds_under_two_megabytes
 ) -> None:
     draw = random.Random(0)
     rows = [
-        f"{step},{step / 1000},{3 + draw.random() if step != 5678 else 77.5},1e-4,{draw.random()},9000,,0.5,0.6"
+        f"{step},{step / 1000},{3 + draw.random() if step != 5678 else 77.5},1e-4,"
+        f"{draw.random()},9000,{3 + draw.random()},0.5,0.6"
         for step in range(1, 10_001)
     ]
     head = "step,epoch,train/loss,lr,grad_norm,perf/tokens_per_second,val/loss,"
@@ -285,7 +286,9 @@ def test_ten_thousand_logged_steps_are_drawn_in_five_seconds_under_two_megabytes
         {"step": s, "kind": k, "event": "e"}
         for s, k in ((3000, "out_of_memory"), (7000, "fallback"))
     ]
+    events += [{"step": s, "kind": "nearly_full", "event": "e"} for s in range(1, 10_001)]
     record = {"status": "finished", "step": 10_000, "num_steps": 10_000, "events": events}
+    record |= {"best_step": 4321, "best_score": 3.0}
     record["starts"] = [{"from_step": 0}, {"from_step": 5000}]
     (tmp_path / "run.json").write_text(json.dumps(record))
     start = time.perf_counter()
@@ -297,7 +300,10 @@ def test_ten_thousand_logged_steps_are_drawn_in_five_seconds_under_two_megabytes
     assert len(page.rows("steps")) == 100
     curves = page.parts["curves"]
     assert {"Out of memory", "Precision fallback", "Resumed"} <= set(curves.chart_texts)
-    assert {"80", "60"} & set(curves.chart_texts)  # the one spike is drawn
+    assert {"80", "60", "50"} & set(curves.chart_texts)  # the one spike is drawn
+    evaluated = [row["step"] for row in page.rows("evaluation")]
+    assert len(evaluated) <= 100 and {"1", "4,321", "10,000"} <= set(evaluated)
+    assert f"{len(evaluated)} of 10,000 evaluations" in page.html
     assert [line for line in curves.told if line.startswith("Resumed")] == [
         "Resumed: at step 5,000"
     ]
@@ -334,7 +340,8 @@ def test_energy_is_counted_over_all_starts_and_co2e_needs_a_factor(
     assert longer.code == 0, longer.err
     command_line("report", run.path, "--grid_gco2e_per_kwh", 500)
     facts = report_of(run.path).parts["cost"].facts
-    assert facts["Energy"].startswith("4 Wh")
+    assert facts["Energy"].startswith("4 Wh of the GPUs alone, as NVML counts; of a start that was")
+    assert facts["Energy"].endswith("killed nothing is counted, neither here nor in CO2e")
     assert facts["CO2e"] == "2 g, at the given 500 g CO2e per kWh of the grid"
     assert any(
         line.startswith("Resumed: at step 2") for line in report_of(run.path).parts["curves"].told
@@ -394,6 +401,15 @@ def test_a_run_that_still_improves_is_told_so(
     finding, verdict = analysed(command_line, fit_args, *more)
     assert "Validation loss fell from" in finding and finding.endswith("Still improving.")
     assert verdict.startswith("The run was still improving when it ended: more epochs")
+
+
+def test_a_run_that_learns_nothing_is_told_so(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    more = ("--data.epochs", 8, "--model.optimizer.lr", 1e-9)
+    finding, verdict = analysed(command_line, fit_args, *more)
+    assert finding.startswith("No learning shows: training loss began at")
+    assert verdict.startswith("The run did not learn, as far as its losses tell")
 
 
 def test_a_report_replaces_a_report_and_nothing_else(

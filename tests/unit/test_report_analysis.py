@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fine_tune.report.analysis import Analysis, Evidence, analyse, gap, gradients
-from fine_tune.report.charts import smoothed, thinned
+from fine_tune.report.charts import Drawing, Line, Mark, draw, smoothed, thinned
 from fine_tune.report.findings import analysis_of
 from fine_tune.report.intervals import wilson
 from fine_tune.report.noise import mean_until, noise
@@ -107,6 +107,31 @@ def test_a_flat_end_is_convergence() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_a_run_that_learned_nothing_is_not_called_converged(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    train = 2.5 + 0.1 * draw.standard_normal(200)
+    validation = 2.5 + 0.005 * draw.standard_normal(20)
+    found = verdict(train, validation)
+    assert (found.verdict, found.main.key, found.main.tone) == ("flat", "flat_validation", "bad")
+    told = found.main.numbers
+    assert (told["val_first"], told["val_step"]) == (validation[0], 10)
+    assert told["val_best"] == validation.min()
+    alone = verdict(train)
+    assert (alone.verdict, alone.main.key) == ("flat", "flat_train")
+
+
+def test_a_flat_training_loss_is_no_failure_where_validation_or_the_preferences_moved() -> None:
+    train = np.full(100, 2.5) + noisy(np.zeros(100), 0.1)
+    assert verdict(train, [2.5, *np.full(9, 2.4)]).verdict == "converged"
+    assert verdict(train, np.full(10, 2.5)).verdict == "flat"
+    accuracy, high = curve([0.5, 0.62]), curve([0.6, 0.7])
+    better = verdict(train, np.full(10, 2.5), accuracy=(accuracy, curve([0.4, 0.53]), high))
+    assert better.verdict == "converged"
+    chance = verdict(train, np.full(10, 2.5), accuracy=(accuracy, curve([0.4, 0.49]), high))
+    assert chance.verdict == "flat"
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_noise_alone_is_neither_overfitting_nor_divergence_nor_improvement(seed: int) -> None:
     draw = np.random.default_rng(seed)
     train = falling(200, 0.1) + 0.1 * draw.standard_normal(200)
@@ -180,6 +205,15 @@ def test_thinning_keeps_the_extremes_and_smoothing_the_mean() -> None:
     assert thin.steps[thin.values.argmax()] == 1235
     assert thinned(curve([3, 1, 2, 9, 4]), most=1).values.tolist() == [1, 9]
     assert smoothed(curve([0, 3, 6]), 3).values.tolist() == [1.5, 3, 4.5]
+
+
+def test_marks_of_one_kind_are_few_with_the_first_and_the_last() -> None:
+    def drawn(steps: list[int]) -> int:
+        lines = [Line("a", curve(np.ones(1000)))]
+        return draw(Drawing(lines, "step", [Mark("m", steps, "bad")])).count("var(--bad)")
+
+    assert drawn(list(range(1, 1001))) <= 62
+    assert drawn([1, 1000]) < drawn([1, 500, 1000]) < drawn(list(range(1, 60)))
 
 
 def test_wilson_of_9_in_10() -> None:

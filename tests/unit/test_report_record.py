@@ -84,6 +84,17 @@ def test_settings_are_found_by_their_names_on_the_command_line(tmp_path: Path) -
     assert run.setting("model.lora.none.of.it", "no") == "no"
 
 
+@pytest.mark.parametrize("last", ["c", "../../c", "c\0", None, 5, "x" * 300])
+def test_the_adapter_is_read_from_the_runs_own_last_checkpoint(tmp_path: Path, last: Any) -> None:
+    for place in (tmp_path / "run" / "checkpoints" / "c", tmp_path / "c"):
+        place.mkdir(parents=True)
+        (place / "adapter_config.json").write_text(json.dumps({"r": 8, "whose": str(place)}))
+    run = read_run(write(tmp_path / "run", run_json=json.dumps({"last": last})))
+    own = str(tmp_path / "run" / "checkpoints" / "c")
+    assert run.adapter == ({"r": 8, "whose": own} if last in ("c", "../../c") else {})
+    assert "adapter_config.json" not in " ".join(run.missing)
+
+
 def test_running_is_only_said_while_somebody_runs_it(tmp_path: Path) -> None:
     write(tmp_path, run_json='{"status": "running"}')
     assert read_run(tmp_path).status == "killed"
@@ -125,6 +136,7 @@ def test_files_with_wrong_values_in_them_still_give_a_report(
     for name, value in FILES.items():
         for _ in range(draw.randint(0, 12)):
             value = spoiled(value, draw)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(value))
     (tmp_path / "metrics.csv").write_text(
         "step,train/loss,val/loss,lr\n1,2.0,,1e-3\n2,1.0,1.5,1e-3\n"
@@ -223,4 +235,5 @@ FILES: dict[str, Any] = {
         },
         "data": {"init_args": {"path": {"train": "t"}, "batch_size": 8, "epochs": 1}},
     },
+    "checkpoints/c/adapter_config.json": {"r": 8, "target_modules": ["q"]},
 }

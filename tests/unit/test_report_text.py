@@ -26,6 +26,8 @@ from fine_tune.report.words import FOLDER, LANGUAGES, Words
         ("\x1b[31mred\x1b]0;title\x07", "\\x1b[31mred\\x1b]0;title\\x07"),
         ("left\u202eright", "left\\u202eright"),
         ("two\nlines", "two\nlines"),
+        ("two\n=cmd()\n-5\n- list", "two\n'=cmd()\n-5\n'- list"),
+        ("\n=cmd()", "\n'=cmd()"),
     ],
 )
 def test_formulas_and_control_characters_become_text(text: str, shown: str) -> None:

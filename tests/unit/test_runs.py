@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from fine_tune.commands.runs import main
 from fine_tune.runs.run_folder import RunFolder
+from fine_tune.runs.run_lock import LOCK, RunLock, is_owned
 
 ESC = "\x1b"
 
@@ -103,6 +105,48 @@ def test_runs_are_filtered_and_sorted(root: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("resumable", ["killed/version_0"]),
+        ("killed, resumable", ["killed/version_0"]),
+        ("killed", ["killed/version_0"]),
+        ("finished", ["done/version_0"]),
+    ],
+)
+def test_a_status_is_found_as_the_table_shows_it(
+    root: Path, capsys: pytest.CaptureFixture[str], pattern: str, names: list[str]
+) -> None:
+    assert [run["run"] for run in listed(root, capsys, "--filter", f"status={pattern}")] == names
+
+
+def test_every_column_shown_can_be_sorted_by(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"split": "test", "metrics": {"test/loss": 0.5}}
+    write_run(root, "other", status="finished", step=3, seconds=9.0, results=[other])
+
+    def order(column: str) -> list[str]:
+        found = [run["run"].split("/")[0] for run in listed(root, capsys, f"--sort={column}")]
+        return [name for name in found if name in ("done", "other")]
+
+    assert order("time") == order("test") == order("step") == order("opened") == ["other", "done"]
+    assert order("-time") == order("-test") == order("-step") == ["done", "other"]
+    assert order("-opened") == order("best") == ["done", "other"]  # 3 openings; only one has a best
+    assert main(["runs", "--root", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for column in next(line for line in lines if "opened" in line).split():
+        listed(root, capsys, f"--sort={column}")
+
+
+@pytest.mark.parametrize("column", ["time", "opened", "test", "best", "step"])
+def test_a_column_that_is_empty_for_every_run_sorts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str
+) -> None:
+    write_run(tmp_path, "empty")
+    assert len(listed(tmp_path, capsys, f"--sort={column}")) == 1
+
+
+@pytest.mark.parametrize(
     ("flags", "told"),
     [
         (["--filter", "stat=x"], "did you mean 'status'"),
@@ -184,3 +228,45 @@ def test_names_do_nothing_to_the_terminal(root: Path, capsys: pytest.CaptureFixt
 def test_no_runs_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--root", str(tmp_path)]) == 0
     assert "no runs under" in capsys.readouterr().out
+
+
+def left_by_another_machine(folder: Path, *, minutes: float) -> dict[str, bytes]:
+    """Leave what a run wrote there, so long ago; return its files."""
+    (folder / ".owner.json").write_text(json.dumps({"pid": 1, "started": 0.0, "host": "colab-1"}))
+    for name in ("metrics.csv", "train.log", LOCK):
+        (folder / name).touch()
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - 60 * minutes,) * 2)
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_killed_on_another_machine_is_known_as_killed_when_it_was_quiet(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = root / "lightning_logs" / "killed" / "version_0"
+    before = left_by_another_machine(folder, minutes=16)
+    found = {run["run"]: run for run in listed(root, capsys)}["killed/version_0"]
+    assert found["status"] == "killed" and found["resumable"]
+    assert {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", [".owner.json", "run.json", "metrics.csv", "train.log"])
+def test_a_run_on_another_machine_that_wrote_of_late_is_running(root: Path, name: str) -> None:
+    folder = root / "lightning_logs" / "killed" / "version_0"
+    left_by_another_machine(folder, minutes=16)
+    assert not is_owned(folder)
+    os.utime(folder / name, (time.time() - 60 * 14,) * 2)
+    assert is_owned(folder)
+
+
+def test_a_run_on_another_machine_whose_lock_is_held_is_running_however_quiet(root: Path) -> None:
+    folder = root / "lightning_logs" / "killed" / "version_0"
+    own(folder, 2**22 + 1)
+    lock = RunLock(folder, "fit")
+    left_by_another_machine(folder, minutes=600)
+    assert is_owned(folder)
+    lock.release()
+    left_by_another_machine(folder, minutes=600)
+    assert not is_owned(folder)
+    (folder / LOCK).unlink()
+    assert not is_owned(folder)

@@ -1,0 +1,73 @@
+"""``report``: its flags do what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import CommandLine
+from report_page import ReportPage
+
+from fine_tune.report.write import write_report
+
+
+def logged_every_ten(folder: Path, last: int = 205) -> Path:
+    """A run folder with a row of metrics every ten steps and one of the last step."""
+    folder.mkdir()
+    rows = [f"{step},2.5" for step in (*range(10, last, 10), last)]
+    (folder / "metrics.csv").write_text("\n".join(["step,train/loss", *rows]))
+    (folder / "run.json").write_text('{"status": "finished"}')
+    (folder / "config.yaml").write_text("trainer: {log_every_n_steps: 10}")
+    return folder
+
+
+@pytest.mark.parametrize(("every", "apart"), [(7, 10), (10, 10), (25, 30), (1000, 1000)])
+def test_the_table_of_steps_keeps_to_logged_steps_and_its_note_says_so(
+    command_line: CommandLine, tmp_path: Path, every: int, apart: int
+) -> None:
+    folder = logged_every_ten(tmp_path / "run")
+    assert command_line("report", folder, "--every", every).code == 0
+    page = ReportPage(folder / "report.html")
+    steps = [int(row["step"]) for row in page.rows("steps")]
+    assert steps == [*range(apart, 205, apart), 205]
+    note = f"Steps at multiples of {apart:,} and the last one: {len(steps)} of 21 logged"
+    assert note in page.html
+
+
+def test_the_report_is_written_in_the_language_asked_for(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    folder = logged_every_ten(tmp_path / "run")
+    assert command_line("report", folder, "--language", "id").code == 0
+    page = ReportPage(folder / "report.html")
+    assert 'lang="id"' in page.html and page.texts["p.badge good"] == "selesai"
+    assert [row["langkah"] for row in page.rows("steps")][-1] == "205"
+    assert (folder / "report.md").read_text("utf-8").splitlines()[0].endswith(": selesai")
+    with pytest.raises(SystemExit) as refused:
+        command_line("report", folder, "--language", "fr")
+    assert refused.value.code == 2
+
+
+@pytest.mark.parametrize("grid", ["-1", "nan", "inf"])
+def test_a_grid_factor_that_is_none_is_refused(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, grid: str
+) -> None:
+    folder, flag = logged_every_ten(tmp_path / "run"), f"--grid_gco2e_per_kwh={grid}"
+    reported = command_line("report", folder, flag)
+    assert reported.code == 2 and not (folder / "report.html").exists()
+    fitted = command_line("fit", *fit_args, flag)
+    assert fitted.code == 2 and not list(tmp_path.glob("lightning_logs/run/*"))
+    told = "grid_gco2e_per_kwh: must be grams of CO2e per kWh, from 0 up; got"
+    assert told in reported.err
+    assert told in fitted.err or "grid_gco2e_per_kwh: Expected a float" in fitted.err
+
+
+@pytest.mark.parametrize(("starts", "told"), [(1, False), (2, True)])
+def test_energy_over_several_starts_says_what_it_leaves_out(
+    tmp_path: Path, starts: int, told: bool
+) -> None:
+    folder = logged_every_ten(tmp_path / "run")
+    record = {"status": "finished", "energy": {"watt_hours": 2.0}, "starts": [{}] * starts}
+    (folder / "run.json").write_text(json.dumps(record))
+    energy = ReportPage(write_report(folder)).parts["cost"].facts["Energy"]
+    assert energy.startswith("2 Wh of the GPUs alone")
+    assert ("of a start that was killed nothing is counted" in energy) == told
