@@ -43,7 +43,9 @@ class Checkpoints(Checkpoint):
         if keep < 1 or (every != "epoch" and every < 1):
             raise UserError(f"checkpoint: every {every} and keep {keep} must be at least 1")
         self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
-        self._saved_step = -1
+        self._saved_step: int | None = (
+            None  # or the step this process began from; None: before training
+        )
         self._is_first = True
 
     # ---- when
@@ -84,10 +86,15 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let the write in flight end, and save what is still good; the exception stays the one that is shown."""
+        """Let the write in flight end, and save what is still good; the exception stays the one that is shown.
+
+        Only steps of this process are worth a save, and only if all ranks are here: a save is a collective call.
+        """
         try:
-            if isinstance(exception, RunStopped) and trainer.global_step > self._saved_step:
-                self._save(trainer, score=None)
+            if isinstance(exception, RunStopped) and self._saved_step is not None:
+                together = trainer.world_size == 1 or exception.on_all_ranks
+                if together and trainer.global_step > self._saved_step:
+                    self._save(trainer, score=None)
             _io(trainer).wait()
         except Exception as error:
             log.error("the last checkpoint was not written: %s", error)

@@ -23,7 +23,8 @@ from small_models import small_config
 from small_saves import export, save, state_of, step_of
 from transformers import AutoModelForCausalLM
 
-from fine_tune.errors import UserError
+from fine_tune.callbacks.vram_guard import VRAMGuard
+from fine_tune.errors import RunStopped, UserError
 from fine_tune.runs.checkpoint import check_whole
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
 from fine_tune.runs.run_folder import RunFolder
@@ -205,6 +206,37 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
         assert "trainer.default_root_dir" in refused.err
         assert reason in refused.err
         assert "step 1/" not in refused.out
+
+
+# ---- a run that is refused
+
+
+def test_a_run_refused_before_its_first_step_writes_no_checkpoint_over_its_best(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = command_line("fit", *fit_args, "--data.epochs", "1").run()
+    before, files = run.read(), files_of(run)
+    assert before["best_score"] is not None
+
+    def refuse(*_: Any) -> None:
+        raise RunStopped("one row does not fit")
+
+    monkeypatch.setattr(VRAMGuard, "on_train_start", refuse)
+    config = run.path / "config.yaml"
+    longer = ["--data.epochs", "2", "--ckpt_path", "last"]
+    resumed = command_line("fit", "--config", config, *longer, root=False)
+    assert resumed.code == 2 and "one row does not fit" in resumed.err
+    after = run.read()
+    assert files_of(run) == files
+    for key in ("best", "best_score", "last", "checkpoints"):
+        assert after[key] == before[key]
+    refused = command_line("fit", *fit_args, "--name", "new")
+    assert refused.code == 2
+    assert not list(refused.run("new").checkpoints.glob("*"))
+
+
+def files_of(run: RunFolder) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in run.checkpoints.rglob("*") if p.is_file()}
 
 
 # ---- damage

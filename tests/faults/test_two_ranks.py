@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.acceler
 
 
 def two_ranks(tmp_path: Path, *args: str) -> str:
-    done = subprocess.run(
+    done = start_two_ranks(tmp_path, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start_two_ranks(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "fine_tune", "fit", *args, *TWO]
         + ["--trainer.default_root_dir", str(tmp_path)],
         cwd=REPOSITORY,
@@ -29,8 +36,6 @@ def two_ranks(tmp_path: Path, *args: str) -> str:
         timeout=200,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_one_ranks_out_of_memory_makes_all_take_smaller_parts(
@@ -83,3 +88,17 @@ def test_a_rank_without_validation_rows_hangs_no_mixture_of_experts(
     last = outcome.metrics()[-1]
     assert float(last["val_experts/load_00"]) >= 1
     assert float(last["train_experts/load_00"]) >= 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_validation_row_that_does_not_fit_one_rank_ends_both(
+    fit_args: list[str], tmp_path: Path, rank: str
+) -> None:
+    refuse = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", "validation"]
+    refuse += ["--trainer.callbacks.rank", rank, "--vram_guard.rehearse", "false"]
+    started = time.monotonic()
+    done = start_two_ranks(tmp_path, *fit_args, *refuse, "--trainer.max_steps", "2")
+    assert time.monotonic() - started < 60  # of which most is the start
+    assert done.returncode != 0
+    assert "out of memory in the evaluation of step 2 with a row of 9 tokens" in done.stderr
+    assert not list(tmp_path.glob("lightning_logs/run/version_0/checkpoints/epoch=*"))
