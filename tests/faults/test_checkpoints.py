@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from small_models import small_config
 from small_saves import export, save, state_of, step_of
 from transformers import AutoModelForCausalLM
 
+from fine_tune.callbacks.step_rows import StepRows, recorded_steps, rows_of_step
 from fine_tune.callbacks.vram_guard import VRAMGuard
 from fine_tune.errors import RunStopped, UserError
 from fine_tune.runs.checkpoint import check_whole
@@ -191,7 +193,33 @@ def test_a_disk_full_of_logs_is_one_warning_and_no_row_is_lost(
     run = RunFolder(small_disk / "lightning_logs" / "run" / "version_0")
     rows = (run.path / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", *map(str, range(1, 81))]
+    straight = command_line("fit", *args, "--name", "straight", root=False)
+    ids = [run.path / "rows", run.path.parents[1] / "straight" / "version_0" / "rows"]
+    ours, theirs = ([rows_of_step(of_run, step) for step in range(1, 81)] for of_run in ids)
+    assert straight.code == 0 and ours == theirs and all(ours)
     assert run.read()["status"] == "finished"
+
+
+def test_rows_of_steps_wait_for_room_on_a_full_disk(small_disk: Path) -> None:
+    callback, folder = StepRows(), small_disk / "run"
+    trainer: Any = SimpleNamespace(
+        loggers=[SimpleNamespace(save_dir=str(folder))], global_rank=0, is_global_zero=True
+    )
+    trainer.global_step, trainer.world_size = 0, 1
+    module: Any = None
+    ids = [list(range(10**6 * step, 10**6 * step + 40 + step % 3)) for step in range(200)]
+    callback.on_train_start(trainer, module)
+    for step in range(200):
+        if step == 20:
+            (small_disk / "filler").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+        if step == 150:
+            (small_disk / "filler").unlink()
+        trainer.global_step = step
+        callback.on_train_batch_start(trainer, module, {"row_ids": ids[step]}, 0)
+        if step == 149:
+            assert recorded_steps(folder / "rows")[1] < 150  # type: ignore[index]
+    callback.teardown(trainer, module, "fit")
+    assert [rows_of_step(folder / "rows", step + 1).get(0) for step in range(200)] == ids
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(
