@@ -130,6 +130,11 @@ class StepFailure:
     tokens_at_once: int = 0
     loss: float = float("nan")
 
+    @property
+    def on_all_ranks(self) -> bool:
+        """Whether all ranks have agreed on it: those of a training step; what one rank evaluates is its own matter."""
+        return self.stage in ("step", "optimizer")
+
 
 def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return numbers that stayed on the host as a tensor on a device, without waiting for the device."""

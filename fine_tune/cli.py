@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from fine_tune import run_endings, summary
 from fine_tune.callbacks.loss_spikes import LossSpikes
+from fine_tune.callbacks.precision_fallback import PrecisionFallback
 from fine_tune.callbacks.progress import TrainingProgress
 from fine_tune.callbacks.run_record import RunRecord
 from fine_tune.callbacks.step_rows import StepRows
@@ -96,6 +97,9 @@ class FineTuneCLI(SettingsCLI):
             at_once=at_once,
         )
         self._check_same_run()
+        record = self.place.run.read() if self.place.run is not None else {}
+        done = record.get("status") == "finished" and self.subcommand == "fit"
+        self._is_finished = done and record.get("num_steps", 0) >= self.plan.num_steps
         run = claim(self.place, self.settings.name, self.root)
         self._run = run
         if is_first_process():
@@ -107,7 +111,7 @@ class FineTuneCLI(SettingsCLI):
             log.info("WARNING: %s", note)
         given = self._get(self.config_init, "trainer")
         own_loggers: list[Logger] = [MetricsCSV(run.path)]
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and not self._is_finished:
             own_loggers = default_loggers(run.path, keep_until=self.place.step)
         self.model.starts_from_checkpoint = self.place.checkpoint is not None
         trainer = super().instantiate_trainer(
@@ -147,7 +151,7 @@ class FineTuneCLI(SettingsCLI):
             self.changes = check_same_run(self.place, self.identity, self.settings.allow_changes)
 
     def _record_origin(self) -> None:
-        if self.subcommand != "fit":
+        if self.subcommand != "fit" or self._is_finished:  # nothing of it changes
             return
         config = self.run_folder.path / "config.yaml"
         if self.changes and config.is_file():  # the run's own config goes on with the run
@@ -191,9 +195,9 @@ class FineTuneCLI(SettingsCLI):
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
         """Train, validate the best weights, and test them if asked to."""
         start = time.monotonic()
-        record = self.place.run.read() if self.place.run is not None else {}
-        if record.get("status") == "finished" and record.get("num_steps", 0) >= self.plan.num_steps:
+        if self._is_finished:
             log.info("this run is finished; extend it with --data.epochs or --trainer.max_steps")
+            record = self.run_folder.read()
             tested = any(result["split"] == "test" for result in record.get("results", []))
             if self.settings.test_at_end and not tested:
                 self.test(model, datamodule)
@@ -234,7 +238,8 @@ class FineTuneCLI(SettingsCLI):
             start()
 
     def _fit(self) -> None:
-        """Train; where a guard asks for it, go on from the newest checkpoint, perhaps in another precision."""
+        """Train; where a guard asks for it, go on from the newest checkpoint, perhaps in a lower precision."""
+        precision: str | None = None
         for _ in range(MAX_GOING_BACK):
             try:
                 checkpoint = _text(self.place.checkpoint)
@@ -242,7 +247,7 @@ class FineTuneCLI(SettingsCLI):
                 return
             except GoBack as back:
                 reason = back.reason
-                newest = self.run_folder.checkpoint("last")
+                newest = self.trainer.strategy.broadcast(self.run_folder.checkpoint("last"))
                 if newest is None:
                     raise UserError(f"{reason}; there is no checkpoint to go back to") from back
                 redone = self.trainer.global_step - global_step(newest)
@@ -253,8 +258,11 @@ class FineTuneCLI(SettingsCLI):
                     redone,
                 )
                 self.settings.ckpt_path = str(newest)
-                self.settings.trainer.precision = back.precision or self.settings.trainer.precision
+                precision = back.precision or precision
             self.instantiate_classes()
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, PrecisionFallback):
+                    callback.go_on_in(precision)
         raise UserError(f"{reason}; the run went back {MAX_GOING_BACK} times, and it happens again")
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:

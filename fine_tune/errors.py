@@ -32,7 +32,13 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 class RunStopped(UserError):
-    """A run cannot go on as it is, but its state is good: it is saved."""
+    """A run cannot go on as it is, but its state is good: it is saved.
+
+    ``on_all_ranks`` says whether every process of the run raises it at the same place: only then can they save
+    together. One that does not know of it would be waited for, and would wait, for ever.
+    """
+
+    on_all_ranks = False
 
 
 class DamagedCheckpoint(UserError):

@@ -8,9 +8,11 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from fine_tune.batches import plan_of
+from fine_tune.batches import StepFailure, plan_of
+from fine_tune.callbacks.precision_fallback import weights_are_finite
 from fine_tune.callbacks.stop_signals import validation_is_due
 from fine_tune.errors import RunStopped, UserError
+from fine_tune.ranks import any_rank
 from fine_tune.runs.checkpoint import remove_checkpoint, remove_leftovers
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
 from fine_tune.runs.run_folder import RunFolder, run_of
@@ -43,7 +45,9 @@ class Checkpoints(Checkpoint):
         if keep < 1 or (every != "epoch" and every < 1):
             raise UserError(f"checkpoint: every {every} and keep {keep} must be at least 1")
         self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
-        self._saved_step = -1
+        self._saved_step: int | None = (
+            None  # or the step this process began from; None: before training
+        )
         self._is_first = True
 
     # ---- when
@@ -62,7 +66,7 @@ class Checkpoints(Checkpoint):
         every = plan.steps_per_epoch if self.every == "epoch" else self.every
         due = step % every == 0 or step >= plan.num_steps or trainer.should_stop
         if due and not validation_is_due(trainer):
-            self._save(trainer, score=None)
+            self._save(trainer, pl_module, score=None)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
@@ -76,7 +80,7 @@ class Checkpoints(Checkpoint):
             raise UserError(
                 f"checkpoint.monitor: '{self.monitor}' is not measured; known: {', '.join(known)}"
             )
-        self._save(trainer, score=float(trainer.callback_metrics[self.monitor]))
+        self._save(trainer, pl_module, score=float(trainer.callback_metrics[self.monitor]))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settle(trainer)  # before the run is recorded as finished
@@ -84,20 +88,28 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Let the write in flight end, and save what is still good; the exception stays the one that is shown."""
+        """Let the write in flight end, and save what is still good; the exception stays the one that is shown.
+
+        Only steps of this process are worth a save, and only if all ranks are here: a save is a collective call.
+        """
         try:
-            if isinstance(exception, RunStopped) and trainer.global_step > self._saved_step:
-                self._save(trainer, score=None)
+            if isinstance(exception, RunStopped) and self._saved_step is not None:
+                together = trainer.world_size == 1 or exception.on_all_ranks
+                if together and trainer.global_step > self._saved_step:
+                    self._save(trainer, pl_module, score=None)
             _io(trainer).wait()
         except Exception as error:
             log.error("the last checkpoint was not written: %s", error)
 
     # ---- how
 
-    def _save(self, trainer: Trainer, score: float | None) -> None:
+    def _save(self, trainer: Trainer, pl_module: Any, score: float | None) -> None:
         step, plan = trainer.global_step, plan_of(trainer)
         if step == self._saved_step:
             return
+        if any_rank(not weights_are_finite(pl_module), pl_module.device, trainer.world_size):
+            # a guard ends the run, or sends it back to the checkpoint that such weights are not written over
+            pl_module.handle(StepFailure("non_finite", "step", step, [], [], 0, 0))
         self._saved_step = step
         started = time.perf_counter()
         self._settle(trainer)

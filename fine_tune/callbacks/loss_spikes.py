@@ -58,7 +58,7 @@ class LossSpikes(Callback):
             row_ids = [row_id for of_rank in ranks for row_id in of_rank]
             entry = {"step": trainer.global_step, "kind": "loss_spike", "event": event}
             entry["row_ids"] = row_ids
-            run.update({"events": [*run.read().get("events", []), entry]})
+            run.note_event(entry)
 
 
 def spike_limit(losses: list[float]) -> float | None:

@@ -15,6 +15,7 @@ from fine_tune.errors import GoBack, RunStopped, UserError
 from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
+LADDER = ("16-mixed", "bf16-mixed", "32-true")
 
 
 class PrecisionFallback(Callback):
@@ -40,13 +41,18 @@ class PrecisionFallback(Callback):
         return {"lowered_to": self._lowered_to}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._lowered_to = state_dict["lowered_to"]
+        self.go_on_in(state_dict["lowered_to"])
+
+    def go_on_in(self, precision: str | None) -> None:
+        """Lower the precision from the start of training on, and for the rest of the run; never raise it."""
+        self._lowered_to = _safer(self._lowered_to, precision)
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         pl_module.failure_handlers["precision_fallback"] = partial(self._handle, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._lowered_to is not None and self._lowered_to != str(trainer.precision):
+        now = str(trainer.precision)
+        if self._lowered_to is not None and _safer(now, self._lowered_to) != now:
             log.info("precision: %s, lowered earlier in this run", self._lowered_to)
             self._lower(pl_module, self._lowered_to)
             self._swap(trainer, pl_module)
@@ -61,24 +67,24 @@ class PrecisionFallback(Callback):
         if failure.kind != "non_finite":
             return False
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        scaling = scaler is not None and pl_module.step_precision is None
+        scaling = scaler is not None and pl_module.step_precision is None and failure.row_ids
         if scaling and self._skips < self.max_skips and scaler.get_scale() > 1:
             self._skips += 1
             scaler.update(new_scale=scaler.get_scale() * scaler.get_backoff_factor())
             return True
-        what = "a gradient" if math.isfinite(failure.loss) else f"the loss ({failure.loss:g})"
         now = pl_module.step_precision or str(trainer.precision)
-        where = f"{what} of step {failure.step} is not finite in {now} (rows {_listed(failure.row_ids)})"
         lower = next_precision(now, trainer.strategy.root_device) if self.enabled else None
+        where = f"{_what(failure)} not finite in {now}"
+        if failure.row_ids:
+            where += f" (rows {_listed(failure.row_ids)})"
         self._record(trainer, failure, where, lower)
-        weights = [p for p in pl_module.parameters() if p.requires_grad]
-        damaged = not torch.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in weights]))
-        if damaged and lower is not None:
-            raise GoBack(f"{where}, and the weights are not either: an update was too large", lower)
-        if damaged:
+        if not failure.row_ids or not weights_are_finite(pl_module):
+            where += ", and the weights are not finite either" if failure.row_ids else ""
+            if lower is not None:
+                raise GoBack(f"{where}: an update was too large", lower)
             raise UserError(
-                f"{where}, and the weights are not finite either: an earlier update was too large. The last checkpoint "
-                "is from before; lower model.optimizer.lr, or set trainer.gradient_clip_val"
+                f"{where}: an update was too large. {_last_good(trainer)}; lower model.optimizer.lr, or set "
+                "trainer.gradient_clip_val"
             )
         if lower is None:
             folder = shlex.quote(str(run_of(trainer).path))
@@ -116,7 +122,7 @@ class PrecisionFallback(Callback):
             run = run_of(trainer)
             entry = {"step": failure.step, "kind": "fallback", "to": lower, "event": event}
             entry["row_ids"] = failure.row_ids
-            run.update({"events": [*run.read().get("events", []), entry]})
+            run.note_event(entry)
 
 
 def next_precision(now: str, device: torch.device) -> str | None:
@@ -125,6 +131,36 @@ def next_precision(now: str, device: torch.device) -> str | None:
         on_gpu = device.type == "cuda"
         return "bf16-mixed" if not on_gpu or torch.cuda.is_bf16_supported(False) else "32-true"
     return "32-true" if now == "bf16-mixed" else None
+
+
+def weights_are_finite(pl_module: Any) -> bool:
+    """Whether the norm of the trained weights is a finite number; it waits for the device."""
+    trained = [p.detach() for p in pl_module.parameters() if p.requires_grad]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(trained)))
+
+
+def _what(failure: StepFailure) -> str:
+    if not failure.row_ids:  # found before a save
+        return f"the weights after step {failure.step} are"
+    what = "a gradient" if math.isfinite(failure.loss) else f"the loss ({failure.loss:g})"
+    return f"{what} of step {failure.step} is"
+
+
+def _safer(first: str | None, second: str | None) -> str | None:
+    known = [precision for precision in (first, second) if precision is not None]
+    return max(known, key=_ladder_step, default=None)
+
+
+def _ladder_step(precision: str) -> int:
+    return LADDER.index(precision) if precision in LADDER else len(LADDER)
+
+
+def _last_good(trainer: Trainer) -> str:
+    trainer.strategy.checkpoint_io.wait()  # type: ignore[attr-defined]
+    last = trainer.strategy.broadcast(run_of(trainer).checkpoint("last"))
+    if last is None:
+        return "There is no checkpoint from before"
+    return f"The last checkpoint, {last.name}, is from before, and its weights are finite"
 
 
 def _listed(row_ids: list[int]) -> str:

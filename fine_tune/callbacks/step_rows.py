@@ -4,9 +4,11 @@ One record per step: step and number of rows (uint32), bytes per row id (uint8),
 bytes each, so ten epochs of them in steps of eight are 41 MB.
 """
 
+import errno
 import logging
 import os
 import struct
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,58 +20,92 @@ from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
 FOLDER = "rows"
+MOST_WAITING = 10_000  # records of steps in memory while the disk is full
 _HEADER = struct.Struct("<IIB")
 
 
 class StepRows(Callback):
-    """Record the row ids of each step on this rank, before the step, in one write that survives a kill."""
+    """Record the row ids of each step on this rank, before the step, in one write that survives a kill.
+
+    On a full disk the records wait in memory, ``MOST_WAITING`` of them at most, until there is room again.
+    """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
+        self._size = 0  # bytes of whole records in the file
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._failing = self._told = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what lies behind the checkpoint: those steps are taken, and recorded, again."""
-        folder = run_of(trainer).path / FOLDER
-        own = folder / f"rank_{trainer.global_rank}.bin"
         self._close()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            files = [own]
-            if trainer.is_global_zero:  # of ranks that take no part any more, too
-                files += [f for f in _files(folder) if _rank(f) >= trainer.world_size]
-            for file in files:
-                keep_until(file, trainer.global_step)
-            self._file = open(own, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            self._give_up(error)
+        self._begins_after = trainer.global_step
+        self._write(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._file is not None:
-            try:
-                self._file.write(record(trainer.global_step + 1, batch["row_ids"]))
-            except OSError as error:
-                self._give_up(error)
+        self._waiting.append(record(trainer.global_step + 1, batch["row_ids"]))
+        self._write(trainer)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Let no checkpoint outlive the record of its rows, not even when the power fails."""
-        if self._file is not None:
-            try:
+        try:
+            if self._file is not None:
                 os.fsync(self._file.fileno())
-            except OSError as error:
-                self._give_up(error)
+        except OSError as error:
+            self._tell(error)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._waiting:
+            self._write(trainer)
+        if self._waiting:
+            log.info("WARNING: the row ids of %d steps are lost", len(self._waiting))
         self._close()
 
-    def _give_up(self, error: OSError) -> None:
-        log.info("WARNING: row ids of steps are no longer recorded (%s); training goes on", error)
-        self._close()
+    def _write(self, trainer: Trainer) -> None:
+        """Write what waits, whole or not at all; what finds no room waits on."""
+        try:
+            if self._file is None:
+                self._file = self._open(trainer)
+                self._size = os.fstat(self._file.fileno()).st_size
+            elif self._failing:  # what was written of a record when the disk was full
+                os.truncate(self._file.fileno(), self._size)
+            waiting = b"".join(self._waiting)
+            if self._file.write(waiting) < len(waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size += len(waiting)
+            self._waiting.clear()
+            self._failing = False
+        except OSError as error:
+            self._tell(error)
+
+    def _open(self, trainer: Trainer) -> IO[bytes]:
+        folder = run_of(trainer).path / FOLDER
+        own = folder / f"rank_{trainer.global_rank}.bin"
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [own]
+        if trainer.is_global_zero:  # of ranks that take no part any more, too
+            files += [f for f in _files(folder) if _rank(f) >= trainer.world_size]
+        for file in files:
+            keep_until(file, self._begins_after)
+        return open(own, "ab", buffering=0)
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            log.info(
+                "WARNING: row ids of steps cannot be recorded (%s); training goes on, those of the last %s steps "
+                "wait in memory",
+                error,
+                f"{MOST_WAITING:,}",
+            )
+        self._told = self._failing = True
 
     def _close(self) -> None:
+        self._waiting.clear()
+        self._failing = False
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -102,6 +138,13 @@ def recorded_steps(folder: Path) -> tuple[int, int] | None:
     """Return the first and the last step recorded, or None without any."""
     steps = [of for file in _files(folder) for of, *_ in _records(file.read_bytes())]
     return (min(steps), max(steps)) if steps else None
+
+
+def gap_around(folder: Path, step: int) -> tuple[int, int] | None:
+    """Return the first and the last step of the gap that a step lies in, or None where no step after it is recorded."""
+    steps = {of for file in _files(folder) for of, *_ in _records(file.read_bytes())}
+    before, after = {of for of in steps if of < step}, {of for of in steps if of > step}
+    return (max(before, default=0) + 1, min(after) - 1) if after and step not in steps else None
 
 
 def keep_until(file: Path, step: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fine_tune.callbacks.step_rows import FOLDER, recorded_steps, rows_of_step
+from fine_tune.callbacks.step_rows import FOLDER, gap_around, recorded_steps, rows_of_step
 from fine_tune.commands.shown_rows import shown_row
 from fine_tune.data.encode_rows import column
 from fine_tune.errors import UserError
@@ -78,6 +78,12 @@ def _rows(run: RunFolder, step: int) -> dict[int, list[int]]:
         recorded = recorded_steps(run.path / FOLDER)
         if recorded is None:
             raise UserError(f"step: {run.path} has no record of its steps' rows")
+        gap = gap_around(run.path / FOLDER, step) if step > 0 else None
+        if gap is not None:
+            raise UserError(
+                f"step: {run.path} has no record of the rows of steps {gap[0]} to {gap[1]}, which could not be written "
+                f"(see train.log), asked for {step}"
+            )
         raise UserError(
             f"step: {run.path} has rows of steps {recorded[0]} to {recorded[1]}, asked for {step}"
         )

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan, PredictBatch, StepFailure, data_of, plan_of
 from fine_tune.device_memory import memory_of
-from fine_tune.errors import UserError
+from fine_tune.errors import RunStopped, UserError
 from fine_tune.models import Head
 from fine_tune.modules.changed_settings import follow_settings, step_settings
 from fine_tune.modules.checks import warmup_problems
@@ -278,7 +278,12 @@ class StepModule(LightningModule):
         Raises:
             RuntimeError: No guard can help.
         """
-        if not any(handler(failure) for handler in self.failure_handlers.values()):
+        try:
+            helped = any(handler(failure) for handler in self.failure_handlers.values())
+        except RunStopped as stopped:
+            stopped.on_all_ranks = failure.on_all_ranks
+            raise
+        if not helped:
             raise RuntimeError(
                 f"{failure.kind} in the {failure.stage} of step {failure.step}, rows {failure.row_ids}"
             )

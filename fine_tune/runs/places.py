@@ -3,6 +3,7 @@
 import os
 import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from fine_tune.errors import UserError
@@ -32,9 +33,9 @@ class Place:
     notes: list[str] = field(default_factory=list)
     check: WholeCheck | None = None
 
-    @property
+    @cached_property
     def step(self) -> int:
-        """Optimizer steps the checkpoint has seen."""
+        """Optimizer steps the checkpoint has seen; kept, since training removes checkpoints that newer ones replace."""
         return global_step(self.checkpoint) if self.checkpoint is not None else 0
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 import re
 import threading
@@ -15,9 +16,11 @@ from typing import Any
 
 from fine_tune.errors import UserError
 
+log = logging.getLogger("fine_tune")
 LOGS = "lightning_logs"
 RECORD = "run.json"
 _ONE_UPDATE = threading.Lock()  # checkpoints are recorded by the thread that writes them
+_NO_EVENTS: set[Path] = set()  # records of which it was told that an event could not be noted
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
@@ -87,6 +90,16 @@ class RunFolder:
                 ) from error
             finally:
                 unfinished.unlink(missing_ok=True)
+
+    def note_event(self, entry: Mapping[str, Any]) -> None:
+        """Append to ``events``; one that cannot be written, as on a full disk, is one warning and stops no run."""
+        try:
+            self.update({"events": [*self.read().get("events", []), dict(entry)]})
+            _NO_EVENTS.discard(self.path)
+        except UserError as error:
+            if self.path not in _NO_EVENTS:
+                log.info("WARNING: %s; training goes on, its events are only in the log", error)
+            _NO_EVENTS.add(self.path)
 
     def checkpoint(self, which: str) -> Path | None:
         """Return the folder of the ``best`` or ``last`` checkpoint, or None if the record has none on disk."""

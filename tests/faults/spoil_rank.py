@@ -6,16 +6,17 @@ import torch
 from lightning.pytorch import Callback
 
 from fine_tune import ranks
+from fine_tune.batches import StepFailure
 
 
 class SpoilRank(Callback):
-    """Let one rank run out of memory, or its loss be no number, once.
+    """Let one rank run out of memory, or its loss be no number, once, or its validation be refused.
 
     Args:
         rank: Which.
         step: The optimizer step, from 1.
         how: ``memory``; ``sum``: memory, for the sum of gradients; ``update``: memory, for the optimizer's first
-            update; or ``nan`` while autocast is on.
+            update; ``nan`` while autocast is on; ``validation``: no row of any fits (``step`` is ignored).
     """
 
     def __init__(self, rank: int = 1, step: int = 3, how: str = "memory") -> None:
@@ -53,4 +54,12 @@ class SpoilRank(Callback):
                 raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
             return (loss,)
 
-        pl_module.loss_sums = spoiled
+        def unfit(*_: Any) -> None:
+            step = trainer.global_step
+            failure = StepFailure("out_of_memory", "evaluation", step, [], [9], 1, 9)
+            pl_module.handle(failure)
+
+        if self.how != "validation":
+            pl_module.loss_sums = spoiled
+        elif trainer.global_rank == self.rank:
+            pl_module.evaluate = unfit

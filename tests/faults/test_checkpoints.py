@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from small_models import small_config
 from small_saves import export, save, state_of, step_of
 from transformers import AutoModelForCausalLM
 
-from fine_tune.errors import UserError
+from fine_tune.callbacks.step_rows import StepRows, recorded_steps, rows_of_step
+from fine_tune.callbacks.vram_guard import VRAMGuard
+from fine_tune.errors import RunStopped, UserError
 from fine_tune.runs.checkpoint import check_whole
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
 from fine_tune.runs.run_folder import RunFolder
@@ -190,7 +193,33 @@ def test_a_disk_full_of_logs_is_one_warning_and_no_row_is_lost(
     run = RunFolder(small_disk / "lightning_logs" / "run" / "version_0")
     rows = (run.path / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", *map(str, range(1, 81))]
+    straight = command_line("fit", *args, "--name", "straight", root=False)
+    ids = [run.path / "rows", run.path.parents[1] / "straight" / "version_0" / "rows"]
+    ours, theirs = ([rows_of_step(of_run, step) for step in range(1, 81)] for of_run in ids)
+    assert straight.code == 0 and ours == theirs and all(ours)
     assert run.read()["status"] == "finished"
+
+
+def test_rows_of_steps_wait_for_room_on_a_full_disk(small_disk: Path) -> None:
+    callback, folder = StepRows(), small_disk / "run"
+    trainer: Any = SimpleNamespace(
+        loggers=[SimpleNamespace(save_dir=str(folder))], global_rank=0, is_global_zero=True
+    )
+    trainer.global_step, trainer.world_size = 0, 1
+    module: Any = None
+    ids = [list(range(10**6 * step, 10**6 * step + 40 + step % 3)) for step in range(200)]
+    callback.on_train_start(trainer, module)
+    for step in range(200):
+        if step == 20:
+            (small_disk / "filler").write_bytes(b"\0" * shutil.disk_usage(small_disk).free)
+        if step == 150:
+            (small_disk / "filler").unlink()
+        trainer.global_step = step
+        callback.on_train_batch_start(trainer, module, {"row_ids": ids[step]}, 0)
+        if step == 149:
+            assert recorded_steps(folder / "rows")[1] < 150  # type: ignore[index]
+    callback.teardown(trainer, module, "fit")
+    assert [rows_of_step(folder / "rows", step + 1).get(0) for step in range(200)] == ids
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(
@@ -205,6 +234,37 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(
         assert "trainer.default_root_dir" in refused.err
         assert reason in refused.err
         assert "step 1/" not in refused.out
+
+
+# ---- a run that is refused
+
+
+def test_a_run_refused_before_its_first_step_writes_no_checkpoint_over_its_best(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = command_line("fit", *fit_args, "--data.epochs", "1").run()
+    before, files = run.read(), files_of(run)
+    assert before["best_score"] is not None
+
+    def refuse(*_: Any) -> None:
+        raise RunStopped("one row does not fit")
+
+    monkeypatch.setattr(VRAMGuard, "on_train_start", refuse)
+    config = run.path / "config.yaml"
+    longer = ["--data.epochs", "2", "--ckpt_path", "last"]
+    resumed = command_line("fit", "--config", config, *longer, root=False)
+    assert resumed.code == 2 and "one row does not fit" in resumed.err
+    after = run.read()
+    assert files_of(run) == files
+    for key in ("best", "best_score", "last", "checkpoints"):
+        assert after[key] == before[key]
+    refused = command_line("fit", *fit_args, "--name", "new")
+    assert refused.code == 2
+    assert not list(refused.run("new").checkpoints.glob("*"))
+
+
+def files_of(run: RunFolder) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in run.checkpoints.rglob("*") if p.is_file()}
 
 
 # ---- damage

@@ -45,6 +45,16 @@ def test_an_exception_keeps_its_traceback_and_ends_with_the_resume_command(
     assert_same_run(straight, resume(command_line, run))
 
 
+def test_an_exception_is_shown_also_when_the_checkpoint_the_run_began_from_is_replaced(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    args = [*fit_args, "--checkpoint.every", "1", "--data.split", "none"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *defect(3))
+    with pytest.raises(RuntimeError, match="the second"):
+        command_line("fit", *args, *defect(6, "the second"), "--ckpt_path", "last")
+
+
 def test_an_exception_before_the_first_checkpoint_says_the_command_that_starts_again(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path
 ) -> None:

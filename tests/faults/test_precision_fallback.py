@@ -8,6 +8,7 @@ from harness import CommandLine, Outcome
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_file
 
+from fine_tune.callbacks.precision_fallback import PrecisionFallback
 from fine_tune.modules import SFT
 
 NO_REHEARSAL = ["--vram_guard.rehearse", "false"]
@@ -175,6 +176,82 @@ def test_an_update_that_ruins_the_weights_is_told(
     outcome = command_line("fit", *args)
     assert outcome.code == 2
     assert "not finite" in outcome.err
+    assert "There is no checkpoint from before" in outcome.err
+    assert not outcome.run().has_checkpoint()
+
+
+def ruin_weights(monkeypatch: pytest.MonkeyPatch, step: int, only: Any = lambda _: True) -> None:
+    """Make a weight infinite in the update of a step, while ``only`` holds for the module."""
+    original = SFT.optimizer_step
+
+    def ruinous(self: SFT, *args: Any, **kwargs: Any) -> None:
+        now = self.trainer.global_step + 1
+        original(self, *args, **kwargs)
+        if now == step and only(self):
+            with torch.no_grad():
+                next(p for p in self.parameters() if p.requires_grad).view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(SFT, "optimizer_step", ruinous)
+
+
+def test_ruined_weights_are_not_saved_over_good_ones(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruin_weights(monkeypatch, 4)
+    outcome = command_line("fit", *fit_args, *NO_REHEARSAL, "--checkpoint.every", "2")
+    assert outcome.code == 2
+    assert "the weights after step 4 are not finite in 32-true" in outcome.err
+    assert "The last checkpoint, epoch=0.40-step=2, is from before" in outcome.err
+    assert outcome.run().read()["last"] == "epoch=0.40-step=2"
+    assert_finite(outcome)
+    monkeypatch.undo()
+    resumed = command_line("fit", *fit_args, *NO_REHEARSAL, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_finite(resumed)
+
+
+def test_a_precision_that_the_run_went_back_for_stays_when_it_goes_on(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruin_weights(monkeypatch, 4, lambda module: module.trainer.precision == "bf16-mixed")
+    args = [*fit_args, *NO_REHEARSAL, "--trainer.precision", "bf16-mixed"]
+    args += ["--checkpoint.every", "2"]
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "7"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *stop)
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert "precision: 32-true, lowered earlier in this run" in resumed.out
+    log = (resumed.run().path / "train.log").read_text()
+    assert "going back to epoch=0.40-step=2: 2 steps are redone" in log
+    assert_finite(resumed)
+
+
+def test_a_lowered_precision_is_never_raised_again(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 3, lambda: in_autocast(torch.float16))
+    args = [*fit_args, *NO_REHEARSAL, "--checkpoint.every", "2"]
+    skips = ["--precision_fallback.max_skips", "0"]
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "5"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *skips, *stop, *HALF, "1024")
+    monkeypatch.undo()
+    seen = []
+    spoil(monkeypatch, 6, lambda: seen.append(torch.is_autocast_enabled("cpu")))
+    resumed = command_line("fit", *args, "--ckpt_path", "last", "--trainer.precision", "32-true")
+    assert resumed.code == 0, resumed.err
+    assert resumed.run().read()["events"][0]["to"] == "bf16-mixed"
+    assert seen and not any(seen)  # 32-true is safer than what it was lowered to
+
+
+@pytest.mark.parametrize("first", ["bf16-mixed", "32-true"])
+def test_of_two_lowered_precisions_the_safer_one_stays(first: str) -> None:
+    guard = PrecisionFallback()
+    guard.go_on_in(first)
+    guard.load_state_dict({"lowered_to": "32-true" if first == "bf16-mixed" else "bf16-mixed"})
+    guard.load_state_dict({"lowered_to": None})
+    assert guard.state_dict() == {"lowered_to": "32-true"}
 
 
 def test_validation_that_is_no_number_is_reported(

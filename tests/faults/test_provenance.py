@@ -1,11 +1,13 @@
 """What made a run can be found in its folder: the rows behind every step, its data, its parents, its commands."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import CommandLine, Outcome, write_rows
@@ -74,6 +76,26 @@ def test_recording_a_step_takes_microseconds(tmp_path: Path) -> None:
         for _ in range(1000):
             callback.on_train_batch_start(Trainer(), None, {"row_ids": ids}, 0)  # type: ignore[arg-type]
         assert time.perf_counter() - start < 0.5  # 0.5 ms a step on a busy machine; measured 0.02
+
+
+def test_more_steps_than_memory_holds_leave_a_gap_that_is_told(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fine_tune.callbacks.step_rows.MOST_WAITING", 3)
+    original = StepRows._write
+
+    def full(self: StepRows, trainer: Any) -> None:
+        if 1 <= trainer.global_step < 7:
+            return self._tell(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        return original(self, trainer)
+
+    monkeypatch.setattr(StepRows, "_write", full)
+    outcome = command_line("fit", *fit_args)
+    assert outcome.code == 0, outcome.err
+    assert "those of the last 3 steps wait in memory" in outcome.out
+    told = command_line("explain-step", outcome.run().path, 4)
+    assert told.code == 2
+    assert "has no record of the rows of steps 2 to 5" in told.err
 
 
 def test_explain_step_shows_the_rows_and_where_they_come_from(

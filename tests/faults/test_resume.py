@@ -13,6 +13,8 @@ from harness import CommandLine
 from safetensors.torch import load_file
 from small_models import save_small_model
 
+from fine_tune.runs.run_folder import RunFolder
+
 DROPOUT = ["--model.config.attention_dropout", "0.1", "--trainer.gradient_clip_val", "1.0"]
 LORA = ["--model.lora.r", "4", "--model.lora.lora_dropout", "0.1"]
 LORA += ["--model.lora.target_modules", '["q_proj", "v_proj"]']
@@ -100,17 +102,26 @@ def test_a_run_can_be_extended(command_line: CommandLine, fit_args: list[str]) -
     assert_same_run(straight, extended)
 
 
+@pytest.mark.parametrize(
+    "changed", [[], ["--model.optimizer.lr", "5e-4", "--allow_changes", "true"]]
+)
 def test_resuming_a_finished_run_changes_nothing(
-    command_line: CommandLine, fit_args: list[str]
+    command_line: CommandLine, fit_args: list[str], changed: list[str]
 ) -> None:
     run = command_line("fit", *fit_args).run()
-    before = (run.path / "metrics.csv").read_text()
+    before = files_but_the_log(run)
     again = command_line(
-        "fit", "--config", run.path / "config.yaml", "--ckpt_path", "last", root=False
+        "fit", "--config", run.path / "config.yaml", "--ckpt_path", "last", *changed, root=False
     )
     assert again.code == 0, again.err
-    assert (run.path / "metrics.csv").read_text() == before
+    assert "this run is finished" in again.out
+    assert files_but_the_log(run) == before
     assert run.read()["status"] == "finished"
+
+
+def files_but_the_log(run: RunFolder) -> dict[Path, bytes]:
+    files = [p for p in run.path.rglob("*") if p.is_file() and p.name != "train.log"]
+    return {file: file.read_bytes() for file in files}
 
 
 def test_early_stopping_survives_a_kill_after_its_last_save(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,17 @@ def test_a_rank_without_validation_rows_hangs_no_mixture_of_experts(
     last = outcome.metrics()[-1]
     assert float(last["val_experts/load_00"]) >= 1
     assert float(last["train_experts/load_00"]) >= 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_validation_row_that_does_not_fit_one_rank_ends_both(
+    fit_args: list[str], tmp_path: Path, rank: str
+) -> None:
+    refuse = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", "validation"]
+    refuse += ["--trainer.callbacks.rank", rank, "--vram_guard.rehearse", "false"]
+    started = time.monotonic()
+    done = run_two_ranks(tmp_path, *fit_args, *refuse, "--trainer.max_steps", "2")
+    assert time.monotonic() - started < 60  # of which most is the start
+    assert done.returncode != 0
+    assert "out of memory in the evaluation of step 2 with a row of 9 tokens" in done.stderr
+    assert not list(tmp_path.glob("lightning_logs/run/version_0/checkpoints/epoch=*"))
