@@ -11,8 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from fine_tune.redaction import redacted
+from fine_tune.runs.disk import told_by_path
 from fine_tune.runs.run_folder import run_of
 
+CONFIG_BYTES = 10_000
 log = logging.getLogger("fine_tune")
 
 
@@ -47,8 +49,12 @@ def save_config(
     for key, value in {"allow_changes": False, **replaced}.items():
         settings[key] = value
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
-    parser.save(settings, str(unfinished), skip_none=False, multifile=False, overwrite=True)
-    unfinished.replace(file)
+    try:
+        with told_by_path(file, CONFIG_BYTES, "trainer.default_root_dir"):
+            parser.save(settings, str(unfinished), skip_none=False, multifile=False, overwrite=True)
+            unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
