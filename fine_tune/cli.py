@@ -27,7 +27,7 @@ from fine_tune.callbacks.stop_signals import (
 from fine_tune.callbacks.test_openings import TestOpenings
 from fine_tune.errors import DamagedCheckpoint, GoBack, UserError
 from fine_tune.exits import exit_code
-from fine_tune.loggers import MetricsCSV, default_loggers
+from fine_tune.loggers import METRICS_FILE, MetricsCSV, default_loggers
 from fine_tune.modules.run_identity import Change, run_identity
 from fine_tune.provenance import check_same_run, record_origin, with_identity
 from fine_tune.quiet import tee_to
@@ -35,6 +35,7 @@ from fine_tune.runs import run_folder as runs
 from fine_tune.runs import slurm
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO
+from fine_tune.runs.disk import told_by_path
 from fine_tune.runs.places import (
     PARENT_VARIABLE,
     RUN_VARIABLE,
@@ -50,6 +51,7 @@ from fine_tune.trainer_settings import check_trainer
 
 log = logging.getLogger("fine_tune")
 MAX_GOING_BACK = 3
+ROOT = "trainer.default_root_dir"
 
 
 class FineTuneCLI(SettingsCLI):
@@ -110,9 +112,7 @@ class FineTuneCLI(SettingsCLI):
         for note in self.place.notes:
             log.info("WARNING: %s", note)
         given = self._get(self.config_init, "trainer")
-        own_loggers: list[Logger] = [MetricsCSV(run.path)]
-        if self.subcommand == "fit" and not self._is_finished:
-            own_loggers = default_loggers(run.path, keep_until=self.place.step)
+        own_loggers = self._own_loggers(run)
         self.model.starts_from_checkpoint = self.place.checkpoint is not None
         trainer = super().instantiate_trainer(
             max_epochs=1,
@@ -137,6 +137,14 @@ class FineTuneCLI(SettingsCLI):
         if self.subcommand == "fit" and is_first_process():
             self._write_data_facts()
         return trainer
+
+    def _own_loggers(self, run: runs.RunFolder) -> list[Logger]:
+        metrics = run.path / METRICS_FILE
+        size = metrics.stat().st_size if metrics.is_file() else 1_000
+        with told_by_path(metrics, size, ROOT):
+            if self.subcommand == "fit" and not self._is_finished:
+                return default_loggers(run.path, keep_until=self.place.step)
+            return [MetricsCSV(run.path)]
 
     def _check_same_run(self) -> None:
         self.identity: dict[str, Any] = {}
@@ -172,7 +180,9 @@ class FineTuneCLI(SettingsCLI):
         file = self.run_folder.path / "data.json"
         if not file.exists():
             audit = self.datamodule.prepared.facts["audit"]
-            file.write_text(json.dumps(audit, indent=1, ensure_ascii=False), "utf-8")
+            text = json.dumps(audit, indent=1, ensure_ascii=False)
+            with told_by_path(file, len(text), ROOT):
+                file.write_text(text, "utf-8")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         progress = TrainingProgress(bar=self.settings.trainer.enable_progress_bar is not False)

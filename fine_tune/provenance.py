@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fine_tune.modules.run_identity import Change, differences, refuse_another_run
+from fine_tune.modules.run_identity import STEPS, Change, differences, refuse_another_run
+from fine_tune.redaction import redacted
 from fine_tune.runs.identity import IDENTITY_FILE, identity_hash, read_identity, write_identity
 from fine_tune.runs.lineage import parent_of, read_tokenizer_origin
 from fine_tune.runs.places import Place
 from fine_tune.runs.run_folder import RunFolder
 
 log = logging.getLogger("fine_tune")
-SECRET_VARIABLE = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
-SHORTEST_SECRET = 8
 
 
 def check_same_run(place: Place, identity: dict[str, Any], allow_changes: bool) -> list[Change]:
@@ -81,7 +79,7 @@ def record_origin(
             "key": change.key,
             "from": change.before,
             "to": change.now,
-            "allowed_by": "being longer" if change.allowed else "--allow_changes",
+            "allowed_by": _allowed_by(change),
         }
         for change in changes
     ]
@@ -112,17 +110,15 @@ def with_identity(
     return export_both
 
 
+def _allowed_by(change: Change) -> str:
+    if not change.allowed:
+        return "--allow_changes"
+    return "being longer" if change.key == STEPS else "being free to change"
+
+
 def without_secrets(args: list[str]) -> list[str]:
     """Return arguments with the values of secret-looking environment variables replaced."""
-    secrets = [
-        value
-        for name, value in os.environ.items()
-        if SECRET_VARIABLE.search(name) and len(value) >= SHORTEST_SECRET
-    ]
-    redacted = list(args)
-    for secret in sorted(secrets, key=len, reverse=True):
-        redacted = [arg.replace(secret, "***") for arg in redacted]
-    return redacted
+    return [redacted(arg) for arg in args]
 
 
 def _parents(model: str | None, continued: Path | None) -> list[dict[str, Any]]:

@@ -2,14 +2,13 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-SECRET_NAME = re.compile(r"(key|token|password|secret|credentials)$", re.IGNORECASE)
-SHORTEST_SECRET = 6  # shorter values, like 0 and true, are settings
+from fine_tune.redaction import redacted
+
 NOT_ACTIONABLE = (
     r".*when logging on epoch level in distributed setting.*",  # torchmetrics has reduced them
     r".*LightningCLI's args parameter is intended.*",
@@ -127,11 +126,7 @@ class _WithoutSecrets(logging.Formatter):
     """Blot out the values of environment variables that hold secrets: tracebacks and server answers quote them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        for name, value in os.environ.items():
-            if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
-                text = text.replace(value, "***")
-        return text
+        return redacted(super().format(record))
 
 
 def stop_tee() -> None:

@@ -102,12 +102,11 @@ def verify_resume(settings: list[str], steps: int | None, seed: int) -> bool:
     Raises:
         UserError: What ``fit`` would refuse, or too few steps.
     """
+    if steps is not None:
+        _check_steps(steps)  # before the data is read
     plan = prepare_as_fit(settings)
-    steps = min(steps or DEFAULT_STEPS, plan.plan.num_steps)
-    if steps < 2:
-        raise UserError(
-            f"steps: a run of {steps} step(s) cannot be killed and resumed; give at least 2"
-        )
+    steps = min(DEFAULT_STEPS if steps is None else steps, plan.plan.num_steps)
+    _check_steps(steps)
     every = 2 if steps > 3 else 1
     killed_at = random.Random(seed).randint(every + 1, steps)
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -137,6 +136,13 @@ def verify_resume(settings: list[str], steps: int | None, seed: int) -> bool:
         "see trainer.deterministic)"
     )
     return equal
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 2:
+        raise UserError(
+            f"steps: a run of {steps} step(s) cannot be killed and resumed; give at least 2"
+        )
 
 
 def compare(straight: RunFolder, resumed: RunFolder) -> list[Verdict]:

@@ -24,7 +24,10 @@ from fine_tune.data.sealed import SealedTest
 from fine_tune.data.sources import Source, fingerprint
 from fine_tune.data.split import SPLITS
 from fine_tune.errors import UserError
+from fine_tune.runs.disk import told_by_path
 
+CACHE = "data.cache_dir"
+SCRATCH_BYTES = 1_000_000  # of raw rows as they are read; how much is known only afterwards
 ENCODING_VERSION = (
     4  # part of the keys: raise it when the same input gives other tokens or other splits
 )
@@ -96,7 +99,10 @@ class TokenCache:
             process = re.search(r"-(\d+)(-|$)", left.name)
             if process and not psutil.pid_exists(int(process[1])):
                 shutil.rmtree(left, ignore_errors=True)
-        with TemporaryDirectory(dir=self.folder, prefix=f".reading-{os.getpid()}-") as folder:
+        with (
+            told_by_path(self.folder, SCRATCH_BYTES, CACHE, only_full=True),
+            TemporaryDirectory(dir=self.folder, prefix=f".reading-{os.getpid()}-") as folder,
+        ):
             yield Path(folder)
 
     def resolved(self, options: Options) -> Options:
@@ -134,24 +140,32 @@ class TokenCache:
         """
         key = self._key(replace(asked, max_length=max_length))
         facts["splits"] = {split: _counts(of_split) for split, of_split in rows.items()}
-        if "test" in rows:
-            facts |= SealedTest.write(self.tests, rows["test"], facts.pop("test_rows"), key)
         folder = self.tokens / key
         unfinished = folder.with_name(f"{key}.unfinished-{os.getpid()}")
-        for split, of_split in rows.items():
-            if split != "test":
-                of_split.save_to_disk(str(unfinished / split))
-        (unfinished / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        needed = sum(of_split.data.nbytes for of_split in rows.values())
+        try:
+            with told_by_path(folder, needed, CACHE):
+                if "test" in rows:
+                    test_rows = facts.pop("test_rows")
+                    facts |= SealedTest.write(self.tests, rows["test"], test_rows, key)
+                for split, of_split in rows.items():
+                    if split != "test":
+                        of_split.save_to_disk(str(unfinished / split))
+                text = json.dumps(facts, ensure_ascii=False)
+                (unfinished / "facts.json").write_text(text, "utf-8")
+                shutil.rmtree(folder, ignore_errors=True)
+                unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     def note_length(self, asked: Options, max_length: int) -> None:
         """Remember what an open ``max_length`` came to."""
         if asked.max_length is None:
             file = self._length_file(asked)
             unfinished = file.with_name(f"{file.name}.unfinished-{os.getpid()}")
-            unfinished.write_text(str(max_length))
-            unfinished.replace(file)
+            with told_by_path(file, 100, CACHE):
+                unfinished.write_text(str(max_length))
+                unfinished.replace(file)
 
     def _length_file(self, options: Options) -> Path:
         return self.tokens / f"{self._key(options)}.max_length"

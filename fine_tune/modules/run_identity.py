@@ -36,7 +36,8 @@ FREE = {
     "lora": set(PEFTS_OWN),
     "optimizer": {"params", "foreach", "fused", "capturable", "differentiable"},
 }  # fmt: skip
-OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
+OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "precision")
+MAY_CHANGE = ("trainer.precision",)  # recorded, and not refused: the ladder changes it, too
 ALWAYS_NAMED = ("r", "lora_alpha", "lora_dropout", "target_modules")
 SAMPLE_BYTES, SAMPLES = 2**16, 16
 
@@ -49,7 +50,7 @@ class Change:
         key: The setting, or the file.
         before: The checkpoint's.
         now: The new one.
-        allowed: Whether nobody has to allow it: the run is made longer.
+        allowed: Whether nobody has to allow it: the run is made longer, or computes in another precision.
     """
 
     key: str
@@ -161,10 +162,12 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """
     found = _changed_files(then.get(FILES, []), now.get(FILES, []))
     for key in sorted({*then, *now} - {FILES, ROWS}):
-        newer_library = key.startswith("model.optimizer.") and (key not in then or key not in now)
+        of_newer = key.startswith(("model.optimizer.", *MAY_CHANGE))  # library, or version of ours
+        newer_library = of_newer and (key not in then or key not in now)
         if then.get(key) != now.get(key) and not newer_library:
             longer = key == STEPS and now[key] > then.get(key, 0)
-            found.append(Change(key, then.get(key), now.get(key), allowed=longer))
+            allowed = longer or key in MAY_CHANGE
+            found.append(Change(key, then.get(key), now.get(key), allowed=allowed))
     explained = any(c.key.startswith(("data", "model.tokenizer")) and not c.allowed for c in found)
     if then.get(ROWS) != now.get(ROWS) and (not explained or not found):
         found.append(Change(ROWS, then.get(ROWS), now.get(ROWS)))

@@ -46,6 +46,36 @@ def room_for(target: Path, needed: int, unfinished: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def told_by_path(path: Path, needed: int, how: str, *, only_full: bool = False) -> Iterator[None]:
+    """Write what a run needs before its first step; what the disk refuses is the user's to mend.
+
+    Args:
+        path: What is written.
+        needed: Bytes it will take, roughly.
+        how: The setting that puts it elsewhere.
+        only_full: Leave all errors alone but those of a full disk: others may be of what is read meanwhile.
+
+    Raises:
+        UserError: The path, why it cannot be written, bytes needed and free.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = full_reason(error)
+        if reason is None and isinstance(error, OSError) and not only_full:
+            reason = error.strerror or str(error)
+        if reason is None:
+            raise
+        free = format_bytes(free_bytes(path.parent))
+        raise UserError(
+            f"'{path}' cannot be written: {reason}; it needs about {format_bytes(needed)}, {free} are free; free some, "
+            f"or set {how}"
+        ) from error
+
+
 def full_reason(error: BaseException | None) -> str | None:
     """Return the system's words for a full disk if that is what went wrong, whichever library met it.
 

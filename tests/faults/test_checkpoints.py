@@ -1,6 +1,8 @@
 """A checkpoint is whole or not there; what is damaged is refused by name, and the newest whole one is used."""
 
+import builtins
 import errno
+import io
 import json
 import os
 import random
@@ -27,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from fine_tune.callbacks.step_rows import StepRows, recorded_steps, rows_of_step
 from fine_tune.callbacks.vram_guard import VRAMGuard
 from fine_tune.errors import RunStopped, UserError
+from fine_tune.loggers import MetricsCSV
 from fine_tune.runs.checkpoint import check_whole
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO, Saving
 from fine_tune.runs.run_folder import RunFolder
@@ -220,6 +223,42 @@ def test_rows_of_steps_wait_for_room_on_a_full_disk(small_disk: Path) -> None:
             assert recorded_steps(folder / "rows")[1] < 150  # type: ignore[index]
     callback.teardown(trainer, module, "fit")
     assert [rows_of_step(folder / "rows", step + 1).get(0) for step in range(200)] == ids
+
+
+@pytest.mark.parametrize("name", ["facts.json", "config.yaml", "data.json"])
+def test_a_disk_that_is_full_at_the_start_is_told_with_its_bytes(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real_open = io.open
+
+    def full(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if name in str(file) and set(mode) & set("wax"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_open(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", full)
+    monkeypatch.setattr(io, "open", full)
+    outcome = command_line("fit", *fit_args)
+    assert outcome.code == 2, outcome.err
+    assert "cannot be written: No space left on device; it needs about " in outcome.err
+    assert " are free; free some, or set " in outcome.err
+    assert "step 1/" not in outcome.out
+    assert not list(outcome.root.rglob("*unfinished*"))
+
+
+def test_a_resume_whose_metrics_find_no_room_is_told(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = command_line("fit", *fit_args, "--data.epochs", "1").run()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(MetricsCSV, "_rewrite", full)
+    longer = ["--config", run.path / "config.yaml", "--data.epochs", "2", "--ckpt_path", "last"]
+    outcome = command_line("fit", *longer, root=False)
+    assert outcome.code == 2
+    assert "metrics.csv' cannot be written: No space left on device; it needs" in outcome.err
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(

@@ -10,12 +10,16 @@ import pytest
 from harness import CommandLine, Outcome
 from processes import SLOW, TWO, assert_same_run, rank_pid, resume, start, wait_for_step
 
+from fine_tune.redaction import redacted
 from fine_tune.runs.run_folder import RunFolder
 
 SECRETS = {
     "HF_TOKEN": "hf_canaryCanaryCanaryCanary42",
     "WANDB_API_KEY": "f" * 39 + "e",
     "OPENAI_API_KEY": "sk-canary-for-the-run-folder",
+    "DB_PASSWD": "canary of a database",
+    "MY_PWD_OF_ALL": "canary-pwd",
+    "AWS_CREDENTIAL_FILE_TEXT": "canary/in/no/file",
 }
 
 
@@ -72,14 +76,34 @@ def test_no_secret_reaches_the_run_folder(
 ) -> None:
     for key, value in SECRETS.items():
         monkeypatch.setenv(key, value)
+    more = [
+        "--purpose",
+        f"with {SECRETS['DB_PASSWD']}",
+        "--licences",
+        f"{{all: {SECRETS['MY_PWD_OF_ALL']}}}",
+    ]
+    more += ["--checkpoint.every", "1"]
     with pytest.raises(RuntimeError):
-        command_line("fit", *fit_args, *defect(3, message="environment"), "--checkpoint.every", "1")
+        command_line("fit", *fit_args, *defect(3, message="environment"), *more)
     files = [p for p in (tmp_path / "lightning_logs").rglob("*") if p.is_file()]
     assert {"config.yaml", "run.json", "train.log"} <= {file.name for file in files}
     for value in SECRETS.values():
         assert not [file for file in files if value.encode() in file.read_bytes()]
     log = next(file for file in files if file.name == "train.log").read_text()
     assert "RuntimeError: *** ***" in log
+    assert "WARNING: purpose, licences: holds the value of a secret environment variable" in log
+    config = next(file for file in files if file.name == "config.yaml")
+    assert "purpose: with ***" in config.read_text()
+
+
+def test_a_path_or_the_shells_folder_is_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))
+    monkeypatch.setenv("PWD", "/of/the/shell")
+    assert (
+        redacted(f"{tmp_path}/rows.jsonl /of/the/shell") == f"{tmp_path}/rows.jsonl /of/the/shell"
+    )
 
 
 def test_a_killed_data_worker_ends_the_run_with_a_clear_error(

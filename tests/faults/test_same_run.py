@@ -153,6 +153,19 @@ def test_what_does_not_make_the_run_may_change(
     ]
 
 
+def test_another_precision_is_recorded_with_its_step(
+    command_line: CommandLine, half_done: Outcome
+) -> None:
+    resumed = resume(command_line, half_done.run(), "--trainer.precision", "bf16-mixed")
+    assert resumed.code == 0, resumed.err
+    assert "trainer.precision: the checkpoint was trained with 32-true, this run" in resumed.out
+    recorded = {c["key"]: c for c in resumed.run().read()["changes"]}
+    assert recorded["trainer.precision"] == {
+        "step": 5, "key": "trainer.precision", "from": "32-true", "to": "bf16-mixed",
+        "allowed_by": "being free to change",
+    }  # fmt: skip
+
+
 def test_an_allowed_change_takes_effect_and_is_recorded_with_its_step(
     command_line: CommandLine, fit_args: list[str]
 ) -> None:

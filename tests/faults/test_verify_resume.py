@@ -126,6 +126,15 @@ def test_a_mistake_in_the_config_is_told_before_anything_runs(
     assert "give at least 2" in outcome.err
 
 
+@pytest.mark.parametrize("steps", ["0", "1", "-3"])
+def test_too_few_steps_are_refused(
+    command_line: CommandLine, fit_args: list[str], steps: str
+) -> None:
+    refused = command_line("verify-resume", *fit_args, "--steps", steps)
+    assert refused.code == 2
+    assert f"steps: a run of {steps} step(s) cannot be killed and resumed" in refused.err
+
+
 def test_the_callback_that_kills_cannot_be_used_by_accident() -> None:
     with pytest.raises(UserError, match="only verify-resume uses it"):
         KillAt(3)
