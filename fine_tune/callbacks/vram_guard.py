@@ -189,9 +189,7 @@ class VRAMGuard(Callback):
             log.info("WARNING: %s", event)
             if trainer.state.fn == "predict":  # it is no run and writes into none
                 return
-            run = run_of(trainer)
-            entry = {"step": step, "kind": kind, "event": event}
-            run.update({"events": [*run.read().get("events", []), entry]})
+            run_of(trainer).note_event({"step": step, "kind": kind, "event": event})
 
 
 def _is_adapter(pl_module: Any) -> bool:
