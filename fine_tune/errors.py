@@ -41,6 +41,10 @@ class RunStopped(UserError):
     on_all_ranks = False
 
 
+class RanksApart(UserError):
+    """A rank failed in passes that all take together: none of them can go on, or save, but from a checkpoint."""
+
+
 class DamagedCheckpoint(UserError):
     """A checkpoint is not what its manifest says; an earlier one may be."""
 

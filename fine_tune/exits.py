@@ -5,9 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fine_tune.callbacks.stop_signals import Stopped, StopRequest
-from fine_tune.errors import UserError
+from fine_tune.errors import UserError, in_brief
 from fine_tune.quiet import start_console, stop_tee
 from fine_tune.runs.places import is_first_process
+
+LOST = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
+LOST_RANK = (
+    "another process of this run has ended: its own error says why; if it has none, it was killed"
+)
 
 
 def exit_code(run: Callable[[], Any], stop: StopRequest | None = None) -> int:
@@ -27,16 +32,32 @@ def exit_code(run: Callable[[], Any], stop: StopRequest | None = None) -> int:
         return stopped.exit_code
     except Exception as error:
         behind = user_error_behind(error)
+        if behind is None and is_lost_rank(error):
+            print(f"error: {LOST_RANK} ({in_brief(str(error))[:200]})", file=sys.stderr)
+            _print_notes(error)
+            return 1
         if behind is None:
             raise
         for problem in behind.problems:
             print(f"error: {problem}", file=sys.stderr)
-        for note in getattr(error, "__notes__", []):
-            print(note, file=sys.stderr)
+        _print_notes(error)
         return 2
     finally:
         stop_tee()
     return 0
+
+
+def _print_notes(error: BaseException) -> None:
+    for note in getattr(error, "__notes__", []):
+        print(note, file=sys.stderr)
+
+
+def is_lost_rank(error: BaseException | None) -> bool:
+    """Whether another process of the run is gone: this one's traceback would only hide that one's error."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, distributed.DistBackendError) or any(w in str(error) for w in LOST)
 
 
 def user_error_behind(error: BaseException | None) -> UserError | None:

@@ -25,6 +25,7 @@ from fine_tune.runs.answers import OF_ANSWERS
 from fine_tune.runs.run_folder import LOGS, check_name
 from fine_tune.saved_config import RunConfig
 from fine_tune.settings import take_templates
+from fine_tune.strategies import strategy_problems
 from fine_tune.trainer_settings import (
     choose_precision,
     target_problems,
@@ -214,7 +215,9 @@ class SettingsCLI(LightningCLI):
         asked = self.settings.trainer.val_check_interval
         self.val_check_interval = validation_steps(asked, plan.steps_per_epoch)
         self.chosen = {**self._take_choices(plan), **self._take_what_fits()}
-        problems = []
+        trainer, optimizer = self.settings.trainer, self.settings.model.init_args.get("optimizer")
+        path = str((optimizer or {}).get("class_path", ""))
+        problems = strategy_problems(trainer.strategy, trainer.precision, model, path)
         measured = [f"val/{name}" for name in model.evaluation_metrics]
         if self.subcommand == "fit":
             at_end = {"validation", *(["test"] if self.settings.test_at_end else [])}

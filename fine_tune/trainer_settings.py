@@ -9,7 +9,10 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from fine_tune import strategies
 from fine_tune.errors import UserError, nearest
+
+strategies.register()
 
 OURS_NOT_TRAINERS = {
     "max_epochs": (None, "epochs are the data's: set data.epochs"),
@@ -55,6 +58,12 @@ def trainer_problems(trainer: Namespace) -> list[str]:
         )
     if str(trainer.devices).isdecimal() and int(trainer.devices) > MOST_DEVICES:
         problems.append(f"trainer.devices: must be at most {MOST_DEVICES:,}, got {trainer.devices}")
+    strategy = str(trainer.strategy)
+    if strategy == "fsdp" or strategy.startswith("fsdp_"):
+        problems.append(
+            f"trainer.strategy: '{strategy}' keeps weights in flat pieces, which no other strategy's checkpoints fit; "
+            f"use {strategies.FSDP2}"
+        )
     if not isinstance(trainer.val_check_interval, int | float | None):
         problems.append(
             "trainer.val_check_interval: give optimizer steps, or a share of a data epoch"

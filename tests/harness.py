@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,7 @@ from small_models import TOKENIZER
 
 from fine_tune.runs.run_folder import RunFolder
 
-__all__ = ["REPOSITORY", "TOKENIZER", "CommandLine", "Outcome", "write_rows"]
+__all__ = ["REPOSITORY", "TOKENIZER", "CommandLine", "Outcome", "fit_on_ranks", "write_rows"]
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -50,3 +53,21 @@ def assert_same_weights(first: Path | None, second: Path | None) -> None:
     one, other = (load_file(next(folder.glob("*model.safetensors"))) for folder in (first, second))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def fit_on_ranks(
+    root: Path, strategy: str, devices: int, *args: str, seconds: float = 200
+) -> subprocess.CompletedProcess[str]:
+    """Run ``fit`` in several processes, in a process of its own that sees the faults of the tests."""
+    ranks = ["--trainer.devices", str(devices), "--trainer.strategy", strategy]
+    ranks += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(root)]
+    faults = REPOSITORY / "tests" / "faults"
+    return subprocess.run(
+        [sys.executable, "-m", "fine_tune", "fit", *args, *ranks],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{faults}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )

@@ -15,6 +15,7 @@ from fine_tune.errors import UserError
 from fine_tune.losses import IGNORE_INDEX
 from fine_tune.runs.answers import OF_ANSWERS, counts_of
 from fine_tune.runs.run_folder import run_of
+from fine_tune.shards import is_sharded
 
 log = logging.getLogger("fine_tune")
 GENERATIONS_FILE = "generations.jsonl"
@@ -77,7 +78,8 @@ class Generations(Callback):
     def _answer(
         self, trainer: Trainer, pl_module: LightningModule, split: str, stage: str, limit: int
     ) -> list[dict[str, Any]]:
-        if not trainer.is_global_zero:
+        together = is_sharded(pl_module.model)  # then no rank can answer alone
+        if not trainer.is_global_zero and not together:
             return []
         data = data_of(trainer)
         file = run_of(trainer).path / GENERATIONS_FILE
@@ -85,6 +87,8 @@ class Generations(Callback):
             dict(row) for row in data.rows(split).select(range(min(limit, len(data.rows(split)))))
         ]
         known = {_key(answer): answer for answer in read_generations(file)}
+        if together:  # they all ask the same, whatever the first has written meanwhile
+            known = trainer.strategy.broadcast(known)
         special = set(data.tokenizer.all_special_ids)
         questions, stop_ids = [], {int(data.tokenizer.eos_token_id)}
         for row in rows:
@@ -120,7 +124,8 @@ class Generations(Callback):
                     answer["log_odds"] = round(log_odds[question["row_id"]], 4)
                 known[_key(answer)] = answer
                 answers.append(json.dumps(answer, ensure_ascii=False) + "\n")
-            self._keep(file, answers)
+            if trainer.is_global_zero:
+                self._keep(file, answers)
         return [known[_key(question)] for question in questions]
 
     def _log_odds(

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from fine_tune.batches import StepFailure
 from fine_tune.errors import GoBack, RunStopped, UserError
 from fine_tune.runs.run_folder import run_of
+from fine_tune.shards import whole
 
 log = logging.getLogger("fine_tune")
 LADDER = ("16-mixed", "bf16-mixed", "32-true")
@@ -135,8 +136,9 @@ def next_precision(now: str, device: torch.device) -> str | None:
 
 def weights_are_finite(pl_module: Any) -> bool:
     """Whether the norm of the trained weights is a finite number; it waits for the device."""
-    trained = [p.detach() for p in pl_module.parameters() if p.requires_grad]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(trained)))
+    groups = pl_module.trainer.optimizers[0].param_groups
+    trained = [p.detach() for group in groups for p in group["params"]]
+    return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(trained))))
 
 
 def _what(failure: StepFailure) -> str:

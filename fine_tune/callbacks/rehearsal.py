@@ -19,6 +19,7 @@ from fine_tune.ranks import any_rank
 from fine_tune.runs.checkpoint import LEFTOVERS
 from fine_tune.runs.disk import format_bytes, free_bytes
 from fine_tune.runs.run_folder import run_of
+from fine_tune.shards import is_sharded
 
 log = logging.getLogger("fine_tune")
 GB = 1e9
@@ -182,7 +183,9 @@ def _worst_validation(trainer: Trainer, pl_module: Any, data: Any) -> None:
 
 def _worst_answers(trainer: Trainer, pl_module: Any, data: Any) -> None:
     asked = next((c for c in trainer.callbacks if isinstance(c, Generations)), None)  # type: ignore[attr-defined]
-    if asked is None or not asked.asks(trainer, pl_module) or not trainer.is_global_zero:
+    if asked is None or not asked.asks(trainer, pl_module):
+        return
+    if not trainer.is_global_zero and not is_sharded(pl_module.model):
         return
     rows = data.rows("validation")
     prompts = [prompt_and_answer(row)[0] for row in rows.select(range(min(asked.rows, len(rows))))]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fine_tune.errors import UserError
+from fine_tune.shards import own_part
 
 
 @contextmanager
@@ -23,7 +24,8 @@ def unchanged(pl_module: Any) -> Iterator[None]:
         UserError: They did.
     """
     optimizer, modes = pl_module.trainer.optimizers[0], {m: m.training for m in pl_module.modules()}
-    weights = [_checksum(p) for p in pl_module.parameters() if p.requires_grad]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = [_checksum(p) for p in trained]
     generators = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     goes_on = bool(optimizer.state)
@@ -44,10 +46,9 @@ def unchanged(pl_module: Any) -> Iterator[None]:
         torch.set_rng_state(generators[2])
         if on_gpu:
             torch.cuda.set_rng_state_all(on_gpu)
-    trained = [p for p in pl_module.parameters() if p.requires_grad]
     if weights != [_checksum(p) for p in trained]:
         name = type(optimizer).__name__
-        if not all(torch.isfinite(p).all() for p in trained):
+        if not all(torch.isfinite(own_part(p)).all() for p in trained):
             raise UserError(
                 f"trainer.precision: under {pl_module.trainer.precision} {name} makes weights of 16 bit infinite or no "
                 "number; take 16-mixed, bf16-mixed or bf16-true"
@@ -60,7 +61,7 @@ def unchanged(pl_module: Any) -> Iterator[None]:
 
 def _checksum(parameter: torch.Tensor) -> tuple[int, ...]:
     """Tell apart two states of a tensor, without a copy of it in a wider type."""
-    bits = parameter.detach().contiguous().flatten().view(torch.uint8)
+    bits = own_part(parameter.detach()).contiguous().flatten().view(torch.uint8)
     if bits.device.type == "cpu":
         return (zlib.crc32(cast(Any, bits.numpy())),)
     return tuple(int(bits[start::7].sum(dtype=torch.int64)) for start in range(7))

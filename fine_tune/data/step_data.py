@@ -262,6 +262,7 @@ class StepData(LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         rows = self.rows("train")
+        several = self.trainer is not None and self.trainer.world_size > 1
         sampler = StepSampler(
             column(rows, "weight"),
             batch_size=self.plan.batch_size,
@@ -270,6 +271,7 @@ class StepData(LightningDataModule):
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
             difficulties=self.difficulties(),
+            lengths=self.lengths("train") if several else None,
         )
         return StepLoader(self._view(rows), sampler, self._collator(), num_workers=self.num_workers)
 

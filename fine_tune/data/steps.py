@@ -1,5 +1,6 @@
 """Which rows make step s: a pure function of (seed, epoch, step), so resuming is a computation, not a replay."""
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,6 +43,26 @@ def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return rng.permutation(np.concatenate(drawn))
 
 
+def spread(lengths: np.ndarray, world_size: int) -> list[np.ndarray]:
+    """Spread the rows of a step over ranks so that they finish together: the longest first, to whoever has least.
+
+    Args:
+        lengths: Tokens of each row.
+        world_size: Number of ranks.
+
+    Returns:
+        The places of each rank's rows in ``lengths``; in total at most 4/3 of the least possible longest wait
+        (Graham, Bounds on multiprocessing timing anomalies, 1969).
+    """
+    ranks = [(0, 0, rank) for rank in range(world_size)]  # tokens, rows, rank
+    places: list[list[int]] = [[] for _ in ranks]
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        tokens, rows, rank = ranks[0]
+        places[rank].append(place)
+        heapq.heapreplace(ranks, (tokens + int(lengths[place]), rows + 1, rank))
+    return [np.array(of_rank, dtype=np.int64) for of_rank in places]
+
+
 class StepSampler:
     """Give the rows of every optimizer step of the run to this rank.
 
@@ -53,6 +74,7 @@ class StepSampler:
         rank: This process, of ``world_size``.
         world_size: Number of processes.
         difficulties: Rows are taken from the lowest up, equal ones in each epoch's order; None: in that order alone.
+        lengths: Tokens of each training row, by which a step's rows are spread over ranks; None: in turn.
     """
 
     def __init__(
@@ -65,7 +87,9 @@ class StepSampler:
         rank: int = 0,
         world_size: int = 1,
         difficulties: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
     ) -> None:
+        self.lengths = lengths
         self.weights, self.seed, self.difficulties = weights, seed, difficulties
         self.batch_size, self.num_steps = batch_size, num_steps
         self.steps_per_epoch = -(-rows_per_epoch(weights) // batch_size)
@@ -94,7 +118,13 @@ class StepSampler:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = self.order_of(epoch)
-            yield self.rows_of_step(step, order)[self.rank :: self.world_size].tolist()
+            yield self.own_rows(self.rows_of_step(step, order)).tolist()
+
+    def own_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return those of a step's rows that are this rank's."""
+        if self.world_size == 1 or self.lengths is None:
+            return rows[self.rank :: self.world_size]
+        return rows[spread(self.lengths[rows], self.world_size)[self.rank]]
 
 
 class StepLoader:

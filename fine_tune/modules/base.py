@@ -26,7 +26,7 @@ from fine_tune.errors import RunStopped, UserError
 from fine_tune.models import Head
 from fine_tune.modules.changed_settings import follow_settings, step_settings
 from fine_tune.modules.checks import warmup_problems
-from fine_tune.modules.compiling import compile_blocks
+from fine_tune.modules.compiling import compile_blocks, repeated_blocks
 from fine_tune.modules.evaluation import answer, in_parts, log_evaluation
 from fine_tune.modules.gradients import StepGradient, gradients, update
 from fine_tune.modules.lm_head import LogitChunks
@@ -46,6 +46,7 @@ from fine_tune.modules.weights import (
     restore_weights,
     weights_to_keep,
 )
+from fine_tune.shards import is_sharded, whole_state
 
 log = logging.getLogger("fine_tune")
 
@@ -154,6 +155,7 @@ class StepModule(LightningModule):
         self.keeps_state = False
         self.failure_handlers: dict[str, Callable[[StepFailure], bool]] = {}
         self.predicting = Predicting()
+        self.spare_row: Any = None  # for passes that count nothing
 
     # ---- what a subclass says
 
@@ -181,6 +183,10 @@ class StepModule(LightningModule):
     @abstractmethod
     def evaluate(self, micro_batch: Any) -> None:
         """Add a micro-batch of an evaluation split to ``self.metrics``."""
+
+    def loss_of_no_weight(self, micro_batch: Any) -> Tensor:
+        """Take the forward passes of ``loss_sums`` or ``evaluate`` and count nothing; return 0, with its graph."""
+        return self.loss_sums(micro_batch)[0] * 0.0
 
     @property
     def compares_rows(self) -> bool:
@@ -231,6 +237,12 @@ class StepModule(LightningModule):
             total, trained = self.num_weights()
             share = "weights: %s, %s of them trained (%.2f %%)"
             log.info(share, f"{total:,}", f"{trained:,}", 100 * trained / total)
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The model's repeated blocks, in which most of its weights lie."""
+        assert self.model is not None
+        return repeated_blocks(self.model)
 
     def num_weights(self) -> tuple[int, int]:
         """Count the model's weights, and those of them that are trained."""
@@ -373,7 +385,8 @@ class StepModule(LightningModule):
             loader["num_handed_over"] = checkpoint[
                 "global_step"
             ]  # not the batch of a step that failed
-        checkpoint["state_dict"] = weights_to_keep(self, checkpoint["state_dict"])
+        kept = weights_to_keep(self, checkpoint["state_dict"])
+        checkpoint["state_dict"] = whole_state(kept, keep=self.trainer.is_global_zero)
 
     def export(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
         """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
@@ -387,6 +400,10 @@ class StepModule(LightningModule):
             UserError: The folder holds another kind of weights, or an adapter of another base or shape.
         """
         folder = Path(checkpoint["folder"])
+        if is_sharded(self.model):  # whole again, from the checkpoint; the strategy cuts it anew
+            self.model = None
+            if self.model_settings.lora is not None:
+                self._load()
         if self.model is None:
             self._load(folder)
         else:

@@ -80,7 +80,8 @@ class CachedReference:
                     found[by_id[row_id]] = [head, tail]
 
             by_id = {int(rows[i]["row_id"]): keys[i] for i in mine}
-            for start in range(0, len(mine), PAIRS_AT_ONCE):
+            most = -(-len(missing) // trainer.world_size)  # of a rank: all take as many batches
+            for start in range(0, most, PAIRS_AT_ONCE):
                 batch = collate([rows[i] for i in mine[start : start + PAIRS_AT_ONCE]])
                 batch = trainer.strategy.batch_to_device(batch, device=module.device)
                 with torch.no_grad(), trainer.precision_plugin.forward_context():

@@ -111,6 +111,12 @@ class DPO(StepModule):
         if self.compares_rows:
             self.row_losses.update(micro_batch["row_ids"], [1] * len(loss_B), loss_B)
 
+    def loss_of_no_weight(self, micro_batch: PreferenceBatch) -> Tensor:
+        logps_B2 = pair_logps(self.model, micro_batch, shared=self.shares_prefix).weighted(1.0)
+        if isinstance(self.reference, LiveReference):
+            self.reference.of(micro_batch, self.ld_alpha)
+        return logps_B2.sum() * 0.0
+
     def log_odds(self, batch: PreferenceBatch) -> dict[int, float]:
         """Return how much likelier the model finds each pair's chosen answer than the rejected one, by row id.
 

@@ -11,6 +11,8 @@ from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
 from fine_tune.modules.generation import generate
 from fine_tune.modules.packing import attending_by
 from fine_tune.modules.precision import lowered
+from fine_tune.modules.together import others_go_on, out_of_memory_apart, spare_row
+from fine_tune.shards import is_sharded
 
 if TYPE_CHECKING:
     from fine_tune.modules.base import StepModule
@@ -37,7 +39,11 @@ def in_parts(
     """
     start, lengths = 0, batch["lengths"]
     take_rows, row_ids = take_rows or module.take_rows, row_ids or batch["row_ids"]
-    while start < len(lengths):
+    while others_go_on(module, start < len(lengths)):
+        if start >= len(lengths):
+            with lowered(module.step_precision, module.device):
+                module.loss_of_no_weight(spare_row(module))
+            continue
         first = cut_by_tokens(lengths[start:], module.max_tokens_per_micro_batch)[0]
         rows, out_of_memory = slice(start, start + first.stop), False
         try:
@@ -49,6 +55,10 @@ def in_parts(
         except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
+            if is_sharded(module.model):
+                raise out_of_memory_apart(
+                    module, "evaluation", lengths[start] * first.stop
+                ) from error
             out_of_memory = True
         if not out_of_memory:
             start = rows.stop
@@ -117,6 +127,9 @@ def answer(
     except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
+        if is_sharded(module.model):
+            longest = max(map(len, prompts)) + max_new_tokens
+            raise out_of_memory_apart(module, "answers", longest * len(prompts)) from error
     lengths, rows = [len(prompt) for prompt in prompts], len(prompts)
     tokens, step = (max(lengths) + max_new_tokens) * rows, module.trainer.global_step
     module.handle(StepFailure("out_of_memory", "generation", step, [], lengths, rows, tokens))

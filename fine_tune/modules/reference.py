@@ -17,6 +17,7 @@ from fine_tune.batches import PreferenceBatch
 from fine_tune.modules.pair_logps import pair_logps
 from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.weights import load_weights
+from fine_tune.shards import is_sharded, own_part, sharded_like
 
 if TYPE_CHECKING:
     from fine_tune.modules.dpo import DPO
@@ -84,8 +85,10 @@ def starting_weights(module: "DPO") -> dict[str, Tensor]:
     Args:
         module: The policy, wherever it stands; of a resumed run the weights it began with are read again.
     """
-    policy, settings = module.model, module.model_settings
-    assert policy is not None
+    policy: Any = module.model
+    settings = module.model_settings
+    if is_sharded(policy):
+        policy.reshard()
     trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if _is_at_start(module):
         return _copies(trained)
@@ -117,6 +120,10 @@ def starts_as_base(module: "DPO") -> bool:
 
 @contextmanager
 def _put_in(model: torch.nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    if is_sharded(model):
+        with _copied_in(model, weights):
+            yield
+        return
     now = {n: (p, p.data) for n, p in model.named_parameters() if p.requires_grad}
     for name, (parameter, data) in now.items():
         parameter.data = weights[name].to(data.dtype)
@@ -125,6 +132,22 @@ def _put_in(model: torch.nn.Module, weights: dict[str, Tensor]) -> Iterator[None
     finally:
         for parameter, data in now.values():
             parameter.data = data
+
+
+@contextmanager
+def _copied_in(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The same where a rank has but a part of each weight, in memory that FSDP2 knows."""
+    model.reshard()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    now = {name: own_part(p.detach()).clone() for name, p in trained.items()}
+    for name, parameter in trained.items():
+        own_part(parameter.detach()).copy_(own_part(sharded_like(weights[name], parameter)))
+    try:
+        yield
+    finally:
+        model.reshard()  # what lies outside the blocks stays whole after a pass
+        for name, parameter in trained.items():
+            own_part(parameter.detach()).copy_(now[name])
 
 
 def _copies(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:

@@ -47,9 +47,11 @@ class SFT(StepModule):
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":
+            self.routers = None  # they are watched while training
             choose_attention(self)
 
     def on_test_start(self) -> None:
+        self.routers = None
         choose_attention(self)
 
     def lower_precision(self, precision: str) -> None:
@@ -73,6 +75,9 @@ class SFT(StepModule):
         balance = balance * self.loss_count(micro_batch)
         pushed = self.routers.coefficient * balance if self.routers.coefficient else 0.0
         return nll + pushed, balance.detach()
+
+    def loss_of_no_weight(self, micro_batch: SFTBatch) -> Tensor:
+        return summed_nll(self, micro_batch) * 0.0  # routers do not count it
 
     def take_rows(self, batch: SFTBatch, rows: slice) -> SFTBatch:
         return take_rows(batch, rows)

@@ -1,0 +1,60 @@
+"""Forward and backward passes that all ranks take together, since each has but a part of the weights.
+
+A rank that has fewer parts than the others takes a row of no weight instead, so that nobody waits for ever.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fine_tune.batches import data_of
+from fine_tune.errors import RanksApart
+from fine_tune.ranks import any_rank, from_all_ranks
+from fine_tune.shards import is_sharded
+
+if TYPE_CHECKING:
+    from fine_tune.modules.base import StepModule
+
+
+def parts_of_all(module: "StepModule", parts: list[slice]) -> Iterator[slice | None]:
+    """Give this rank's parts of a step, then None as often as another rank still has some."""
+    most = len(parts)
+    if is_sharded(
+        module.model
+    ):  # before the first pass: a rank in its last one is in the middle of others' passes
+        most = max(from_all_ranks(len(parts), module.trainer.world_size))
+    yield from parts
+    yield from [None] * (most - len(parts))
+
+
+def others_go_on(module: "StepModule", i_do: bool) -> bool:
+    """Whether any rank takes another pass of a batch; where they are taken together, all of them ask before each."""
+    if not is_sharded(module.model):
+        return i_do
+    return any_rank(i_do, module.device, module.trainer.world_size)
+
+
+def out_of_memory_apart(module: "StepModule", where: str, tokens_at_once: int) -> RanksApart:
+    """Return the error of a rank that ran out of memory where the others wait for its part of the weights.
+
+    Args:
+        module: Whose pass.
+        where: In the middle of what.
+        tokens_at_once: Padded tokens that did not fit, or may not have.
+    """
+    step, half = module.trainer.global_step + 1, max(1, tokens_at_once // 2)
+    return RanksApart(
+        f"rank {module.global_rank} ran out of memory in the {where} of step {step} ({tokens_at_once:,} padded tokens "
+        "at once), and cannot take its rows again while the others wait for its part of the weights: go on from the "
+        f"last checkpoint with data.max_tokens_per_micro_batch: {half}, model.gradient_checkpointing: true, or more "
+        "devices"
+    )
+
+
+def spare_row(module: "StepModule") -> Any:
+    """Return a batch of one training row, for a pass that counts nothing."""
+    if module.spare_row is None:
+        longest = data_of(module.trainer).longest_rows("train")
+        last = len(longest["lengths"]) - 1
+        batch = module.take_rows(longest, slice(last, last + 1))
+        module.spare_row = module.trainer.strategy.batch_to_device(batch, device=module.device)
+    return module.spare_row
