@@ -45,9 +45,7 @@ class Checkpoints(Checkpoint):
         if keep < 1 or (every != "epoch" and every < 1):
             raise UserError(f"checkpoint: every {every} and keep {keep} must be at least 1")
         self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
-        self._saved_step: int | None = (
-            None  # or the step this process began from; None: before training
-        )
+        self._saved_step: int | None = None  # at first where this process began; None before
         self._is_first = True
 
     # ---- when

@@ -10,7 +10,7 @@ LATEST = 120.0  # seconds: a minute to start on a busy machine, and one to end
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_out_of_memory_with_a_part_of_the_weights_is_a_clear_end(
     rank: int, fit_args: list[str], tmp_path: Path
 ) -> None:
@@ -29,7 +29,7 @@ def test_a_rank_out_of_memory_with_a_part_of_the_weights_is_a_clear_end(
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_a_killed_rank_ends_the_others_and_the_run_can_be_resumed(
     strategy: str, fit_args: list[str], tmp_path: Path
 ) -> None:
