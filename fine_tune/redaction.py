@@ -4,7 +4,9 @@ import os
 import re
 from pathlib import Path
 
-SECRET_NAME = re.compile(r"key|token|secret|passw(or)?d|pwd|credential", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(key|token|secret|passw(or)?d|pwd|credential)s?(_|\d|$)", re.IGNORECASE
+)  # TOKENIZER and KEYBOARD are none
 NO_SECRETS = ("PWD", "OLDPWD")  # the shell's folders
 SHORTEST_SECRET = 6  # shorter values, like 0 and true, are settings
 

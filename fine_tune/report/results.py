@@ -53,7 +53,7 @@ def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends
         return wilson(pair[0] / pair[1], int(pair[1])), f"{int(pair[0])} / {int(pair[1])}"
     if (
         name in OF_ANSWERS
-    ):  # of a record without counts: from the answers, where they are of this test alone
+    ):  # of a record without counts: the answers, if they are of this test alone
         stage = f"test {result.get('checkpoint') or 'untrained'}"
         answers = [answer for answer in run.answers if answer.get("stage") == stage]
         counts = {

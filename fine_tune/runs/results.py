@@ -6,9 +6,7 @@ from typing import Any
 
 def is_of_own_rows(record: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
     """Whether a result is of the split the run was planned with, and not of other rows it was tested on later."""
-    own = record.get(
-        "test_hash"
-    )  # None: it has no test split of its own, or an older version wrote the record
+    own = record.get("test_hash")  # None: it has no test split, or an older version wrote it
     return result.get("split") != "test" or own is None or result.get("test_hash") in (None, own)
 
 

@@ -96,6 +96,25 @@ def test_no_secret_reaches_the_run_folder(
     assert "purpose: with ***" in config.read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [
+        *(
+            (name, True)
+            for name in ("HF_TOKEN", "WANDB_API_KEY", "APIKEY2", "DB_PASSWD", "MY_KEYS")
+        ),
+        *((name, False) for name in ("TOKENIZER", "TOKENIZERS_PARALLELISM", "KEYBOARD_LAYOUT")),
+    ],
+)
+def test_a_name_that_only_begins_like_a_secrets_is_none(
+    name: str, is_secret: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "owner/some-model")
+    assert redacted("from owner/some-model") == (
+        "from ***" if is_secret else "from owner/some-model"
+    )
+
+
 def test_a_path_or_the_shells_folder_is_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
