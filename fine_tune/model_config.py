@@ -240,9 +240,9 @@ def _config_fields(config_class: type[PreTrainedConfig]) -> list[str]:
     return sorted({*own, *config_class.attribute_map, "rope_theta", "rope_scaling"})
 
 
-def _is_read(key: str, config_class: type[PreTrainedConfig]) -> bool:
+def _is_read(key: Any, config_class: type[PreTrainedConfig]) -> bool:
     """Whether a model's code asks for a field that its config class does not declare, like Qwen3Moe's ``head_dim``."""
-    if key.startswith("_"):
+    if not isinstance(key, str) or key.startswith("_"):
         return False
     model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
     if model_class is None:
@@ -251,8 +251,8 @@ def _is_read(key: str, config_class: type[PreTrainedConfig]) -> bool:
     return re.search(rf'config\.{re.escape(key)}\b|config, "{re.escape(key)}"', code) is not None
 
 
-def _unknown_field(where: str, key: str, config_class: type, known: list[str]) -> str:
-    return f"{where}: {config_class.__name__} has no field '{key}'{nearest(key, known)}"
+def _unknown_field(where: str, key: Any, config_class: type, known: list[str]) -> str:
+    return f"{where}: {config_class.__name__} has no field '{key}'{nearest(str(key), known)}"
 
 
 def first_line(error: BaseException) -> str:
