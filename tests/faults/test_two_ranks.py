@@ -38,7 +38,7 @@ def run_two_ranks(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("how", ["memory", "sum"])
+@pytest.mark.parametrize("how", ["memory", pytest.param("sum", marks=pytest.mark.slow)])
 def test_one_ranks_out_of_memory_makes_all_take_smaller_parts(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, how: str
 ) -> None:
