@@ -34,6 +34,7 @@ OURS_NOT_TRAINERS = {
     ),
     "use_distributed_sampler": (True, "rows are spread over processes by the data module"),
 }
+PROFILERS = ("simple", "advanced", "pytorch", "xla")  # Lightning's, by name
 MOST_DEVICES = 1_024  # of one machine; Lightning makes a list as long as the number given
 
 
@@ -63,6 +64,10 @@ def trainer_problems(trainer: Namespace) -> list[str]:
         problems.append(
             f"trainer.strategy: '{strategy}' keeps weights in flat pieces, which no other strategy's checkpoints fit; "
             f"use {strategies.FSDP2}"
+        )
+    if isinstance(trainer.profiler, str) and trainer.profiler.lower() not in PROFILERS:
+        problems.append(
+            f"trainer.profiler: '{trainer.profiler}' is not known; use {', '.join(PROFILERS)}"
         )
     if not isinstance(trainer.val_check_interval, int | float | None):
         problems.append(

@@ -94,6 +94,10 @@ def test_aliases_that_multiply(tmp_path: Path) -> None:
         (["--trainer.devices", str(2**63)], "trainer.devices: must be at most 1,024"),
         (["--model.lora.target_modules", "a[b"], "model.lora.target_modules: 'a[b' is no regular"),
         (["--data.path", "/"], "data.path: '/' is the whole file system"),
+        (
+            ["--trainer.profiler", "/nowhere"],
+            "trainer.profiler: '/nowhere' is not known; use simple",
+        ),
         (["--model.config", "1: 2"], "model.config: LlamaConfig has no field '1'"),
         (["x" * 5000], f"error: '{'x' * 120}': a flag was expected here"),
         (["|\n  a\n"], r"error: '|\n  a\n': a flag was expected here"),
