@@ -14,6 +14,8 @@ SIZE = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_atten
 NEW = f"{SIZE}, model_type: llama}}"
 KINDS = ("SFT", "DPO", "Pretrain")
 LORA = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "v_proj"]']
+STOP = ["--trainer.callbacks+=signal_at.SignalAt", "--trainer.callbacks.name", "SIGTERM"]
+STOP += ["--trainer.callbacks.step", "9"]
 
 
 def flags(kind: str, model: Path, folder: Path, *, lora: bool) -> list[str]:
@@ -72,10 +74,8 @@ def test_weights_in_parts_give_the_same_run_and_its_checkpoints_fit_any_number_o
     args = flags("SFT", model_folder, tmp_path, lora=False)
     one = command_line("fit", *args, "--name", "one")
     assert one.code == 0, one.err
-    stop = ["--trainer.callbacks+=signal_at.SignalAt", "--trainer.callbacks.name", "SIGTERM"]
-    stop += ["--trainer.callbacks.step", "9"]
     two = fit_on_ranks(
-        tmp_path, "fsdp2", 2, *args, "--name", "two", *stop, "--generations.rows", "2"
+        tmp_path, "fsdp2", 2, *args, "--name", "two", *STOP, "--generations.rows", "2"
     )
     assert two.returncode == 143, two.stderr
     went_on = fit_on_ranks(
@@ -140,9 +140,7 @@ def test_a_run_goes_on_under_any_strategy_and_number(
     args = flags("SFT", model_folder, tmp_path, lora=False)
     one = command_line("fit", *args, "--name", "one")
     assert one.code == 0, one.err
-    stop = ["--trainer.callbacks+=signal_at.SignalAt", "--trainer.callbacks.name", "SIGTERM"]
-    stop += ["--trainer.callbacks.step", "9"]
-    begun = fit_on_ranks(tmp_path, *first, *args, "--name", "two", *stop)
+    begun = fit_on_ranks(tmp_path, *first, *args, "--name", "two", *STOP)
     assert begun.returncode == 143, begun.stderr
     went_on = fit_on_ranks(tmp_path, *then, *args, "--name", "two", "--ckpt_path", "last")
     assert went_on.returncode == 0, went_on.stderr
