@@ -16,19 +16,17 @@ from fine_tune.callbacks.precision_fallback import PrecisionFallback
 from fine_tune.callbacks.stop_signals import StopRequest
 from fine_tune.callbacks.vram_guard import VRAMGuard
 from fine_tune.config_check import asks_for_help, check_settings
-from fine_tune.errors import UserError, nearest
+from fine_tune.errors import UserError
 from fine_tune.exits import user_error_behind
 from fine_tune.memory_choices import choose_by_memory
 from fine_tune.parser_reports import innermost, with_key
+from fine_tune.plan_checks import plan_problems
 from fine_tune.report.cost import grid_problems
-from fine_tune.runs.answers import OF_ANSWERS
 from fine_tune.runs.run_folder import LOGS, check_name
 from fine_tune.saved_config import RunConfig
 from fine_tune.settings import take_templates
-from fine_tune.strategies import strategy_problems
 from fine_tune.trainer_settings import (
     choose_precision,
-    target_problems,
     trainer_problems,
     validation_steps,
 )
@@ -215,37 +213,7 @@ class SettingsCLI(LightningCLI):
         asked = self.settings.trainer.val_check_interval
         self.val_check_interval = validation_steps(asked, plan.steps_per_epoch)
         self.chosen = {**self._take_choices(plan), **self._take_what_fits()}
-        trainer, optimizer = self.settings.trainer, self.settings.model.init_args.get("optimizer")
-        path = str((optimizer or {}).get("class_path", ""))
-        problems = strategy_problems(trainer.strategy, trainer.precision, model, path)
-        measured = [f"val/{name}" for name in model.evaluation_metrics]
-        if self.subcommand == "fit":
-            at_end = {"validation", *(["test"] if self.settings.test_at_end else [])}
-            answered = model.can_generate and self.settings.generations.test_rows
-            also = list(OF_ANSWERS) if answered else []
-            problems += target_problems(
-                self.settings.targets,
-                [*model.evaluation_metrics, *also],
-                at_end & plan.num_rows.keys(),
-            )
-        for key in ("early_stopping", "checkpoint"):
-            monitor = self.settings[key].monitor
-            if monitor not in measured:
-                known = nearest(monitor, measured) or f"; known: {', '.join(measured)}"
-                problems.append(f"{key}.monitor: '{monitor}' is not measured{known}")
-        if "validation" not in plan.num_rows and self.settings.early_stopping.patience is not None:
-            problems.append(
-                "early_stopping.patience: set, but data.split leaves no validation rows to watch; give a validation "
-                "split, or early_stopping.patience: null"
-            )
-        needed = {"validate": "validation", "test": "test"}.get(str(self.subcommand))
-        if self.settings.test_at_end and self.subcommand == "fit":
-            needed = "test"
-        if needed and needed not in plan.num_rows:
-            verb = self.subcommand if self.subcommand != "fit" else "test"
-            problems.append(
-                f"data.split: there is nothing to {verb}: the data has {', '.join(plan.num_rows)} but no {needed} rows"
-            )
+        problems = plan_problems(self.settings, str(self.subcommand), model, plan)
         if problems:
             raise UserError(*problems)
 

@@ -1,7 +1,5 @@
 """What of Lightning's trainer is used, refused, or chosen by what the machine can do."""
 
-import math
-from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from fine_tune import strategies
-from fine_tune.errors import UserError, nearest
+from fine_tune.errors import UserError
 
 strategies.register()
 
@@ -94,31 +92,6 @@ def choose_precision(accelerator: str, asked: Any = None) -> tuple[Any, str]:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16-mixed", "the GPU computes in bfloat16"
     return "16-mixed", "the GPU has no bfloat16"
-
-
-def target_problems(
-    targets: Mapping[str, float], measured: Iterable[str], splits: Collection[str]
-) -> list[str]:
-    """Say which targets nothing will be held against.
-
-    Args:
-        targets: Values to reach, by metric.
-        measured: What the module measures of a split; and ``test/exact_match`` where test rows are answered.
-        splits: The splits it will be measured on at the end.
-    """
-    prefixes = [prefix for prefix, s in (("val", "validation"), ("test", "test")) if s in splits]
-    names = [name for name in measured if "/" not in name]
-    known = [f"{prefix}/{name}" for prefix in prefixes for name in names]
-    known += [name for name in measured if "/" in name and name.split("/")[0] in prefixes]
-    problems = []
-    for name, target in targets.items():
-        if name not in known:
-            later = name.startswith("test/") and "test" not in prefixes
-            hint = "; set test_at_end: true" if later else nearest(name, known)
-            problems.append(f"targets: '{name}' is not measured{hint}; known: {', '.join(known)}")
-        if math.isnan(target):
-            problems.append(f"targets: {name}: a number is wanted, got nan")
-    return problems
 
 
 def check_trainer(trainer: Namespace) -> int:

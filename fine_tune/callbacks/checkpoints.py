@@ -107,7 +107,7 @@ class Checkpoints(Checkpoint):
             return
         if any_rank(not weights_are_finite(pl_module), pl_module.device, trainer.world_size):
             # a guard ends the run, or sends it back to the checkpoint that such weights are not written over
-            pl_module.handle(StepFailure("non_finite", "step", step, [], [], 0, 0))
+            pl_module.handle(StepFailure("non_finite", "step", step))
         self._saved_step = step
         started = time.perf_counter()
         self._settle(trainer)

@@ -1,35 +1,26 @@
-"""What all data modules share: rows prepared once, the run's steps planned, one batch handed out per optimizer step."""
+"""What all data modules share: the run's steps planned, one batch handed out per optimizer step."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from lightning.pytorch import LightningDataModule
-from transformers import PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan
-from fine_tune.data.choices import LENGTH_LIMIT, choose, cpu_tokens
-from fine_tune.data.encode_rows import column, token_counts
+from fine_tune.data.choices import choose, cpu_tokens
+from fine_tune.data.encode_rows import column
 from fine_tune.data.loader_settings import LoaderSettings, number_of
 from fine_tune.data.options import Options
-from fine_tune.data.origins import data_content, locate_rows
 from fine_tune.data.predict_loader import PredictLoader, predict_plan
 from fine_tune.data.predict_rows import PredictRows, read_predict_rows
-from fine_tune.data.prepare import prepare
 from fine_tune.data.row_loader import RowLoader
-from fine_tune.data.sealed import SEALED, SealedTest
 from fine_tune.data.sources import Source
+from fine_tune.data.split_data import SplitData
 from fine_tune.data.steps import StepLoader, StepSampler, evaluation_batches, rows_per_epoch
-from fine_tune.data.token_cache import PreparedData
-from fine_tune.errors import UserError
-from fine_tune.models import load_tokenizer
 
 
-class StepData(LightningDataModule):
+class StepData(SplitData):
     """Base of the data modules: rows that are ready to be handed out as the batches of optimizer steps.
 
     Args:
@@ -51,39 +42,17 @@ class StepData(LightningDataModule):
         columns: tuple[str, ...],
         settings: LoaderSettings,
     ) -> None:
-        super().__init__()
-        self.sources, self.options = sources, options
+        super().__init__(sources, options, settings)
         self.collator, self.columns = collator, list(columns)
         self.batch_size = settings.batch_size
         self.max_tokens_per_micro_batch = number_of(settings.max_tokens_per_micro_batch)
         self.fills_memory = settings.max_tokens_per_micro_batch == "auto"
         self.epochs, self.eval_batch_size = settings.epochs, settings.eval_batch_size
         self.num_workers, self.seed = settings.num_workers, settings.seed
-        self.cache_dir = Path(settings.cache_dir or "lightning_logs/.cache")
-        self.tokenizer_source = settings.tokenizer
-        self.tokenizer_revision = settings.tokenizer_revision
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._prepared: PreparedData | None = None
         self._plan: DataPlan | None = None
-        self._test_rows: Dataset | None = None
-        self.vocabulary_size: int | None = None  # the model's
-        self._fitting = False
         self.predict_path = settings.predict_path
         self.predict_rows: PredictRows | None = None
         self.rows_done: set[int] = set()  # of the rows to predict: the command line knows them
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            if self.tokenizer_source is None:
-                raise UserError(
-                    "model.tokenizer: none given, and the model has no folder or hub name to take it from"
-                )
-            self._tokenizer = load_tokenizer(
-                "model.tokenizer", self.tokenizer_source, self.tokenizer_revision
-            )
-        return self._tokenizer
 
     @property
     def plan(self) -> DataPlan:
@@ -91,63 +60,23 @@ class StepData(LightningDataModule):
         assert self._plan is not None, "the plan is made in setup()"
         return self._plan
 
-    @property
-    def prepared(self) -> PreparedData:
-        """The rows and what preparation found out about them."""
-        self.prepare_data()
-        assert self._prepared is not None
-        return self._prepared
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """What the training rows are made of, by content: what a resumed run is held against."""
-        return data_content(self.sources, self.tokenizer, self.prepared.rows["train"])
-
-    def locate_rows(self, row_ids: list[int]) -> list[str]:
-        """Say where rows stand in their sources, as ``file:line`` where the format has lines."""
-        return locate_rows(self.sources, row_ids)
-
-    @property
-    def sealed_test(self) -> SealedTest | None:
-        """The sealed test split: its hash and its openings; its rows only while ``test`` runs."""
-        return self.prepared.test
-
-    def prepare_data(self) -> None:
-        """Read, split and tokenize, or open the cache: before weights load and before processes start."""
-        if self._prepared is None and self.predict_rows is None:
-            self._prepared = prepare(self.sources, self.tokenizer, self.options, self.cache_dir)
-
     def setup(self, stage: str) -> None:
-        """Plan the steps (``trainer.max_steps`` cuts the epochs short); for ``test``, open the sealed test split.
+        """Plan the steps (``trainer.max_steps`` cuts the epochs short), and open or seal the test split.
 
         Raises:
             UserError: The test split was asked for while training goes on.
         """
-        if stage == "predict":
-            return
-        self._plan = self.make_plan(self.trainer.max_steps if self.trainer is not None else -1)
-        if stage == "test":
-            if self._fitting:
-                raise UserError(f"data: {SEALED}")
-            first = self.trainer is None or self.trainer.is_global_zero
-            sealed = self.prepared.test
-            self._test_rows = sealed.open(counted=first) if sealed is not None else None
-        elif stage == "fit":
-            self._fitting, self._test_rows = True, None
-        self._lock_test()
+        if stage != "predict":
+            self._plan = self.make_plan(self.trainer.max_steps if self.trainer is not None else -1)
+            super().setup(stage)
 
     def teardown(self, stage: str) -> None:
-        """Close the test split again; fit's last step is behind when it comes here."""
-        if stage == "predict":
-            return
-        self._test_rows = None
-        if stage == "fit":
-            self._fitting = False
-        self._lock_test()
+        if stage != "predict":
+            super().teardown(stage)
 
-    def _lock_test(self) -> None:
-        if self.sealed_test is not None:
-            self.sealed_test.locked = self._fitting
+    def prepare_data(self) -> None:
+        if self.predict_rows is None:
+            super().prepare_data()
 
     def make_plan(self, max_steps: int = -1) -> DataPlan:
         """Count what the run will see and how many steps it takes.
@@ -197,44 +126,6 @@ class StepData(LightningDataModule):
         share = train["num_supervised"] / max(1, train["num_tokens"])
         return cpu_tokens(self.vocabulary_size or len(self.tokenizer), share or 1.0)
 
-    def meet_model(self, positions: int | None, vocabulary_size: int | None) -> None:
-        """Hold ``max_length`` to the model's positions, before anything is tokenized, and note what it chooses from.
-
-        Args:
-            positions: The longest row it takes; None: any.
-            vocabulary_size: Of its logits, which may be more than the tokenizer's; None: the same.
-
-        Raises:
-            UserError: The user asked for longer rows than the model has positions.
-        """
-        self.vocabulary_size = vocabulary_size
-        if positions is None or self._prepared is not None:
-            return
-        asked = self.options.max_length
-        if asked is not None and asked > positions:
-            raise UserError(
-                f"data.max_length: {asked} is more than the model's {positions} positions; "
-                f"set --data.max_length {positions} or less"
-            )
-        self.options = replace(self.options, length_cap=min(LENGTH_LIMIT, positions))
-
-    def rows(self, split: str) -> Dataset:
-        """Return the encoded rows of a split (``input_ids``, ``labels``, ``row_id`` ...).
-
-        Raises:
-            UserError: The run has no such split, or it is the test split and nobody is testing.
-        """
-        if split not in self.prepared.facts["splits"]:
-            have = ", ".join(self.prepared.facts["splits"])
-            raise UserError(
-                f"data.split: there is no {split} split (the data has {have}), so there is nothing to {split}"
-            )
-        if split != "test":
-            return self.prepared.rows[split]
-        if self._test_rows is None:
-            raise UserError(f"data: {SEALED}")
-        return self._test_rows
-
     def difficulties(self) -> np.ndarray | None:
         """Return what the training rows are sorted by; None for a new order in every epoch."""
         return None
@@ -246,10 +137,6 @@ class StepData(LightningDataModule):
     def make_batch(self, rows: list[Any]) -> Any:
         """Return encoded rows as a batch."""
         return self._collator()(rows)
-
-    def lengths(self, split: str) -> np.ndarray:
-        """Return the number of tokens of each row of a split."""
-        return token_counts(self.rows(split))
 
     def longest_rows(self, split: str) -> Any:
         """Return the worst batch of a split on this rank: as many of its longest rows as a batch holds."""

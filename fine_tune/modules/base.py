@@ -5,31 +5,25 @@ the backwards itself and returns a detached loss, so Lightning's own backward fi
 """
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from fine_tune.batches import DataPlan, PredictBatch, StepFailure, data_of, plan_of
-from fine_tune.device_memory import memory_of
+from fine_tune.batches import DataPlan, PredictBatch, StepFailure
 from fine_tune.errors import RunStopped, UserError
-from fine_tune.models import Head
 from fine_tune.modules.changed_settings import follow_settings, step_settings
 from fine_tune.modules.checks import warmup_problems
-from fine_tune.modules.compiling import compile_blocks, repeated_blocks
 from fine_tune.modules.evaluation import answer, in_parts, log_evaluation
 from fine_tune.modules.gradients import StepGradient, gradients, update
-from fine_tune.modules.lm_head import LogitChunks
+from fine_tune.modules.huggingface import HuggingFaceModule
 from fine_tune.modules.metrics import TokenMetrics
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
@@ -37,21 +31,12 @@ from fine_tune.modules.precision import follow_precision
 from fine_tune.modules.prediction import Predicting, write_answers
 from fine_tune.modules.recomputing import Recomputing
 from fine_tune.modules.row_losses import RowLosses
-from fine_tune.modules.seeding import seed_all
 from fine_tune.modules.step_log import Throughput, log_step
-from fine_tune.modules.weights import (
-    export,
-    load_weights,
-    own_trained,
-    restore_weights,
-    weights_to_keep,
-)
-from fine_tune.shards import is_sharded, whole_state
 
 log = logging.getLogger("fine_tune")
 
 
-class StepModule(LightningModule):
+class StepModule(HuggingFaceModule):
     """Base of all modules: builds the model, and takes one optimizer step per batch.
 
     A subclass says what a batch costs: ``loss_count`` (the divisor), ``loss_sums`` of a micro-batch, and
@@ -105,8 +90,7 @@ class StepModule(LightningModule):
         warmup_steps: int | None = None,
         warmup_ratio: float | None = None,
     ) -> None:
-        super().__init__()
-        self.model_settings = ModelSettings(
+        settings = ModelSettings(
             model_name_or_path=model_name_or_path,
             revision=revision,
             from_config=from_config,
@@ -119,21 +103,18 @@ class StepModule(LightningModule):
             gradient_checkpointing=gradient_checkpointing,
             head=self.head,
         )
+        super().__init__(settings, compile=compile)
         problems = [
-            *self.model_settings.problems(lora_plus_ratio),
+            *settings.problems(lora_plus_ratio),
             *warmup_problems(warmup_steps, warmup_ratio),
             *optimizer_problems(optimizer),
         ]
         if problems:
             raise UserError(*problems)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.lora_plus_ratio, self.is_compiled = lora_plus_ratio, compile
+        self.lora_plus_ratio = lora_plus_ratio
         self.offload_activations = offload_activations
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
-        self.strict_loading = (
-            False  # weights travel as Hugging Face files, restored in on_load_checkpoint
-        )
-        self.model: PreTrainedModel | PeftModel | None = None
         self.metrics: Any = TokenMetrics()
         self.row_losses = RowLosses()
         self.measured_rows: np.ndarray | None = (
@@ -145,13 +126,11 @@ class StepModule(LightningModule):
             str, tuple[int, int]
         ] = {}  # shares of it that are counts: how many of how many
         self._grad_norm = torch.zeros(())
-        self.starts_from_checkpoint = False  # the command line knows before Lightning tells
         # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained
         # state is copied before each update; a handler says whether it changed something that may help.
         self.max_tokens_per_micro_batch: int | None = None
         self.step_precision: str | None = None
         self.rows_attention: str | None = None  # of steps and evaluations; None: the model's own
-        self.logit_chunks = LogitChunks()
         self.keeps_state = False
         self.failure_handlers: dict[str, Callable[[StepFailure], bool]] = {}
         self.predicting = Predicting()
@@ -159,7 +138,6 @@ class StepModule(LightningModule):
 
     # ---- what a subclass says
 
-    head: Head = "lm"  # what its model has on top
     step_metrics: tuple[str, ...] = ()  # what it measures of a training step beside its loss
     evaluation_metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
 
@@ -199,11 +177,6 @@ class StepModule(LightningModule):
 
     # ---- the model
 
-    @property
-    def plan(self) -> DataPlan:
-        """What the data module planned for this run."""
-        return plan_of(self.trainer)
-
     def setup(self, stage: str) -> None:
         self.check(self.plan, self.tokenizer)
         self.max_tokens_per_micro_batch = self.plan.max_tokens_per_micro_batch
@@ -211,44 +184,6 @@ class StepModule(LightningModule):
     def check(self, plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> None:
         """Hold the data against the model's config before weights load; raises what ``ModelSettings.check`` does."""
         self.model_settings.check(plan, tokenizer, self.num_warmup_steps(plan))
-
-    def configure_model(self) -> None:
-        """Load or initialise the weights, once; full weights of a checkpoint come with it, and from nowhere else."""
-        if self.model is None and not self._awaits_checkpoint:
-            self._load()
-
-    @property
-    def _awaits_checkpoint(self) -> bool:
-        """Whether a checkpoint brings all weights as soon as the model is configured."""
-        later = self.trainer.strategy.restore_checkpoint_after_setup
-        return self.starts_from_checkpoint and self.model_settings.lora is None and not later
-
-    def _load(self, checkpoint: Path | None = None) -> None:
-        seed_all(self.seed, "weights")
-        precision = str(self.trainer.precision)
-        self.model = load_weights(self.model_settings, self.tokenizer, precision, checkpoint)
-        memory = memory_of(self.trainer.strategy.root_device).total()
-        self.logit_chunks = LogitChunks(self.model.config, memory)
-        if self.trainer.state.fn == "fit":
-            if self.trainer.strategy.root_device.type == "cpu":
-                own_trained(self.model)
-            if self.is_compiled:
-                compile_blocks(self.model)
-            total, trained = self.num_weights()
-            share = "weights: %s, %s of them trained (%.2f %%)"
-            log.info(share, f"{total:,}", f"{trained:,}", 100 * trained / total)
-
-    @property
-    def blocks(self) -> list[torch.nn.Module]:
-        """The model's repeated blocks, in which most of its weights lie."""
-        assert self.model is not None
-        return repeated_blocks(self.model)
-
-    def num_weights(self) -> tuple[int, int]:
-        """Count the model's weights, and those of them that are trained."""
-        assert self.model is not None
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return int(self.model.num_parameters()), trained
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.optimizer, self.named_parameters(), self.lora_plus_ratio)
@@ -378,47 +313,14 @@ class StepModule(LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what was trained and whole adapters, under the Hugging Face model's own names."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["run_settings"] = step_settings(self)
         loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         for loader in loaders.get("combined_loader", []):
-            loader["num_handed_over"] = checkpoint[
-                "global_step"
-            ]  # not the batch of a step that failed
-        kept = weights_to_keep(self, checkpoint["state_dict"])
-        checkpoint["state_dict"] = whole_state(kept, keep=self.trainer.is_global_zero)
-
-    def export(self, folder: Path, state_dict: dict[str, Tensor]) -> None:
-        """Write weights, config and tokenizer as a folder that any Hugging Face tool opens."""
-        assert self.model is not None
-        export(self.model, self.tokenizer, folder, state_dict, self.head)
+            # not the batch of a step that failed
+            loader["num_handed_over"] = checkpoint["global_step"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the weights of the checkpoint's folder into the model.
-
-        Raises:
-            UserError: The folder holds another kind of weights, or an adapter of another base or shape.
-        """
-        folder = Path(checkpoint["folder"])
-        if is_sharded(self.model):  # whole again, from the checkpoint; the strategy cuts it anew
-            self.model = None
-            if self.model_settings.lora is not None:
-                self._load()
-        if self.model is None:
-            self._load(folder)
-        else:
-            restore_weights(self.model, self.model_settings, folder)
+        super().on_load_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit":
             follow_settings(self, checkpoint)
-
-    # ---- small parts
-
-    @property
-    def seed(self) -> int:
-        """The run's seed for weights, dropout and the like."""
-        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The data module's, which is the model's."""
-        return data_of(self.trainer).tokenizer

@@ -18,7 +18,7 @@ from fine_tune.modules.run_identity import is_weights
 from fine_tune.runs.identity import read_identity
 
 if TYPE_CHECKING:
-    from fine_tune.modules.base import StepModule
+    from fine_tune.modules.huggingface import HuggingFaceModule
 
 log = logging.getLogger("fine_tune")
 
@@ -113,7 +113,9 @@ def restore_weights(model: Any, settings: ModelSettings, folder: Path) -> None:
     saved_adapters.restore_weights(model, folder, same_base=then is not None)
 
 
-def weights_to_keep(module: "StepModule", state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights_to_keep(
+    module: "HuggingFaceModule", state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Keep what was trained and whole adapters, under the Hugging Face model's own names."""
     adapters_only = isinstance(module.model, PeftModel)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}

@@ -393,7 +393,7 @@ def test_mistakes_are_told_at_once_before_weights_load(
         assert "Traceback" not in outcome.err
         return outcome.err
 
-    monkeypatch.setattr("fine_tune.modules.base.load_weights", pytest.fail)
+    monkeypatch.setattr("fine_tune.modules.huggingface.load_weights", pytest.fail)
     told = refused(
         *alone(sharp_folder, questions, tmp_path / "no" / "out.jsonl"),
         *("--data.prompt", "{qestion}", "--ckpt_path", tmp_path / "nothing"),

@@ -1,18 +1,14 @@
 """What happens to one rank of two never hangs the other, and changes nothing of the result."""
 
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, CommandLine
+from harness import CommandLine, fit_on_ranks
 from small_models import save_small_model
 
 from fine_tune.runs.row_losses import read_row_losses
-
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
 
 
 def two_ranks(tmp_path: Path, *args: str) -> str:
@@ -22,20 +18,7 @@ def two_ranks(tmp_path: Path, *args: str) -> str:
 
 
 def run_two_ranks(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fine_tune", "fit", *args, *TWO]
-        + ["--trainer.default_root_dir", str(tmp_path)],
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    return fit_on_ranks(tmp_path, "ddp", 2, *args)
 
 
 @pytest.mark.parametrize("how", ["memory", pytest.param("sum", marks=pytest.mark.slow)])

@@ -49,7 +49,7 @@ def test_a_step_waits_once(
     command_line: CommandLine, fit_args: list[str], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = Waits()
-    monkeypatch.setattr("fine_tune.cli.TestOpenings", lambda: waits)  # idle while training
+    monkeypatch.setattr("fine_tune.folder_cli.TestOpenings", lambda: waits)  # idle while training
     outcome = command_line(
         *("fit", *fit_args, "--trainer.log_every_n_steps", 100, "--trainer.accelerator", "gpu"),
         *("--data.max_tokens_per_micro_batch", budget, "--trainer.precision", "bf16-mixed"),

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fine_tune.trainer_settings import choose_precision, target_problems
+from fine_tune.plan_checks import target_problems
+from fine_tune.trainer_settings import choose_precision
 
 
 @pytest.mark.parametrize(
