@@ -20,7 +20,6 @@ from fine_tune.callbacks.stop_signals import (
 from fine_tune.errors import DamagedCheckpoint, GoBack, UserError
 from fine_tune.exits import exit_code
 from fine_tune.folder_cli import FolderCLI
-from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.places import (
     PARENT_VARIABLE,
     RUN_VARIABLE,
@@ -37,37 +36,47 @@ class FineTuneCLI(FolderCLI):
 
     def fit(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
         """Train, validate the best weights, and test them if asked to."""
-        start = time.monotonic()
+        start, measured = time.monotonic(), set()
         if self._is_finished:
             log.info("this run is finished; extend it with --data.epochs or --trainer.max_steps")
-            record = self.run_folder.read()
-            tested = any(result["split"] == "test" for result in record.get("results", []))
-            if self.settings.test_at_end and not tested:
-                self.test(model, datamodule)
-            for line in summary.reached(self.run_folder, dict(self.settings.targets)):
-                log.info(line)
-            return
-        self._from_whole_checkpoint(self._fit)
-        if self.stop.agreed(self.trainer):
-            raise Stopped(self.stop.signum)
-        model, datamodule = self.model, self.datamodule
+            measured = self._measured_splits()
+        else:
+            self._from_whole_checkpoint(self._fit)
+            if self.stop.agreed(self.trainer):
+                raise Stopped(self.stop.signum)
         seconds = time.monotonic() - start
-        best = self.trainer.strategy.broadcast(self.run_folder.checkpoint("best"))
-        if best is not None and "validation" in self.plan.num_rows:
-            self.trainer.validate(
-                model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
-            )
-        done = self.trainer.strategy.broadcast(self.run_folder.read().get("status") == "finished")
-        if self.settings.test_at_end and not done:
-            log.info("the test split stays sealed: the run stopped before its last step")
-        elif best is not None and self.settings.test_at_end:
-            self.trainer.test(
-                model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
-            )
+        self._measure_best(measured)
         if self.trainer.is_global_zero:
             targets = dict(self.settings.targets)
-            for line in summary.end_of_fit(self.run_folder, seconds, targets):
+            told = summary.reached(self.run_folder, targets)
+            if not self._is_finished:
+                told = summary.end_of_fit(self.run_folder, seconds, targets)
+            for line in told:
                 log.info(line)
+
+    def _measured_splits(self) -> set[str]:
+        """Name the splits that a finished run has results of: a kill may have come before the best was validated."""
+        best, record = self.run_folder.checkpoint("best"), self.run_folder.read()
+        results = record.get("results", [])
+        of_best = [r for r in results if best is None or r["checkpoint"] == best.name]
+        tests = [r for r in results if r["split"] == "test"]
+        return {r["split"] for r in (*of_best, *tests)}
+
+    def _measure_best(self, measured: set[str]) -> None:
+        """Measure the best weights on the validation split, and on the test split if asked to."""
+        best = self.trainer.strategy.broadcast(self.run_folder.checkpoint("best"))
+        if best is None:
+            return
+        given: dict[str, Any] = {"ckpt_path": str(best.resolve()), "verbose": False}
+        given["datamodule"] = self.datamodule
+        if "validation" in self.plan.num_rows and "validation" not in measured:
+            self.trainer.validate(self.model, **given)
+        if not self.settings.test_at_end or "test" in measured:
+            return
+        if self.trainer.strategy.broadcast(self.run_folder.read().get("status") == "finished"):
+            self.trainer.test(self.model, **given)
+        else:
+            log.info("the test split stays sealed: the run stopped before its last step")
 
     def _from_whole_checkpoint(self, start: Callable[[], None]) -> None:
         """Start from the checkpoint asked for; one that proves damaged while it is read is passed over."""
@@ -89,24 +98,29 @@ class FineTuneCLI(FolderCLI):
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=checkpoint)
                 return
             except GoBack as back:
-                reason = back.reason
-                newest = self.trainer.strategy.broadcast(self.run_folder.checkpoint("last"))
-                if newest is None:
-                    raise UserError(f"{reason}; there is no checkpoint to go back to") from back
-                redone = self.trainer.global_step - global_step(newest)
-                log.info(
-                    "WARNING: %s; going back to %s: %d steps are redone",
-                    reason,
-                    newest.name,
-                    redone,
-                )
-                self.settings.ckpt_path = str(newest)
-                precision = back.precision or precision
-            self.instantiate_classes()
+                reason, precision = back.reason, back.precision or precision
+            self._go_back(reason)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PrecisionFallback):
                     callback.go_on_in(precision)
         raise UserError(f"{reason}; the run went back {MAX_GOING_BACK} times, and it happens again")
+
+    def _go_back(self, reason: str) -> None:
+        """Begin again from the newest checkpoint of this run that is whole."""
+        taken, self._goes_back = self.trainer.global_step, True
+        self.trainer.strategy.barrier()  # until the first process has written the last of them
+        try:
+            self.instantiate_classes()
+        except UserError as error:
+            told = "; ".join(error.problems)
+            raise UserError(f"{reason}; there is no checkpoint to go back to: {told}") from error
+        assert self.place.checkpoint is not None
+        log.info(
+            "WARNING: %s; going back to %s: %d steps are redone",
+            reason,
+            self.place.checkpoint.name,
+            taken - self.place.step,
+        )
 
     def validate(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
         """Measure the checkpoint on the validation split."""

@@ -27,6 +27,7 @@ from fine_tune.runs import slurm
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO
 from fine_tune.runs.disk import told_by_path
 from fine_tune.runs.places import (
+    Place,
     check_writable,
     claim,
     find_place,
@@ -51,7 +52,7 @@ class FolderCLI(SettingsCLI):
     def __init__(self, *args: Any, stop: StopRequest, **kwargs: Any) -> None:
         self._run: runs.RunFolder | None = None
         self._lock: RunLock | None = None
-        self._found_damage = False
+        self._found_damage = self._goes_back = False
         try:
             super().__init__(*args, stop=stop, **kwargs)  # runs the verb
         except (Stopped, Exception) as error:
@@ -72,19 +73,10 @@ class FolderCLI(SettingsCLI):
         return self._run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        # With several processes all must agree on the checkpoint, so its files are compared before they start.
-        at_once = check_trainer(self.settings.trainer) > 1 or self._found_damage
         if is_first_process():
             check_writable(self.root)
         self.check_before_weights()
-        self.place = find_place(
-            str(self.subcommand),
-            self.settings.get("ckpt_path") or self._before_requeue(),
-            name=self.settings.name,
-            root=self.root,
-            configs=[str(config) for config in self.settings.config or []],
-            at_once=at_once,
-        )
+        self.place = self._find_place()
         self._check_same_run()
         record = self.place.run.read() if self.place.run is not None else {}
         done = record.get("status") == "finished" and self.subcommand == "fit"
@@ -124,6 +116,21 @@ class FolderCLI(SettingsCLI):
         if self.subcommand == "fit" and is_first_process():
             self._write_data_facts()
         return trainer
+
+    def _find_place(self) -> Place:
+        # With several processes all must agree on the checkpoint, so its files are compared before they start.
+        several = check_trainer(self.settings.trainer) > 1
+        configs, asked = self.settings.config or [], self.settings.get("ckpt_path")
+        if self._goes_back:
+            configs, asked = [self.run_folder.path / "config.yaml"], "last"
+        return find_place(
+            str(self.subcommand),
+            asked or self._before_requeue(),
+            name=self.settings.name,
+            root=self.root,
+            configs=[str(config) for config in configs],
+            at_once=several or self._goes_back or self._found_damage,
+        )
 
     def _own_loggers(self, run: runs.RunFolder) -> list[Logger]:
         metrics = run.path / METRICS_FILE

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.batches import plan_of
+from fine_tune.errors import RunStopped
 from fine_tune.runs.places import is_first_process
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -176,6 +177,8 @@ class StopSignals(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.stop.waits = False
+        if isinstance(exception, RunStopped) and trainer.state.fn == "fit" and trainer.validating:
+            self.validation_due = True  # all of it: what it had counted is not saved
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stop.listen()

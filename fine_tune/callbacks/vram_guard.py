@@ -18,8 +18,9 @@ WARN_PERCENT = 90
 GIB = 2**30
 TOO_LARGE = (
     "one row alone does not fit; set --model.gradient_checkpointing true, --model.quantization nf4 with --model.lora "
-    "auto, or --data.max_length {length}"
+    "auto, or --data.max_length {}"
 )
+LONG_ANSWERS = "one prompt alone does not fit; set --{}.max_new_tokens lower, or quantize the model"
 NO_LESS = "vram_guard.min_tokens {:,} allows no smaller micro-batch; set --vram_guard.min_tokens 1"
 
 
@@ -50,6 +51,7 @@ class VRAMGuard(Callback):
             min_tokens,
         )
         self._budget: int | None = None  # None: the plan's
+        self._cut_from: list[int | None] | None = None  # the plan's budget, and the device's bytes
         self._rehearsed: dict[str, Any] = {}
         self._warned = False
         self._failed_update = 0  # the last step that was taken again
@@ -58,12 +60,14 @@ class VRAMGuard(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "budget": self._budget,
+            "cut_from": self._cut_from,
             "rehearsed": self._rehearsed,
             "bytes_per_token": self._bytes_per_token,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._budget, self._rehearsed = state_dict["budget"], state_dict["rehearsed"]
+        self._budget, self._cut_from = state_dict["budget"], state_dict.get("cut_from")
+        self._rehearsed = state_dict["rehearsed"]
         self._bytes_per_token = state_dict["bytes_per_token"]
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -79,6 +83,8 @@ class VRAMGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         plan = plan_of(trainer)
         self._keep_budget(trainer, pl_module)
+        if self._budget is not None:
+            log.info("micro-batches: %s tokens, cut earlier in this run", f"{self._budget:,}")
         pl_module.keeps_state = self.memory.can_run_out and _is_adapter(pl_module)
         now = circumstances(trainer, pl_module, self.memory)
         if self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps:
@@ -129,9 +135,20 @@ class VRAMGuard(Callback):
             log.info("WARNING: %.0f %% of the device's %.1f GiB are used", used, total)
 
     def _keep_budget(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._budget is not None:
-            planned = plan_of(trainer).max_tokens_per_micro_batch or self._budget
-            pl_module.max_tokens_per_micro_batch = min(self._budget, planned)
+        """Stay at a budget that was cut, unless the one it was cut from, or the device, is another now."""
+        if self._budget is None:
+            return
+        if self._cut_from != self._cuts_from(trainer):
+            log.info(
+                "micro-batches: the cut to %s tokens was of another budget or device",
+                f"{self._budget:,}",
+            )
+            self._budget = None
+            return
+        pl_module.max_tokens_per_micro_batch = self._budget
+
+    def _cuts_from(self, trainer: Trainer) -> list[int | None]:
+        return [plan_of(trainer).max_tokens_per_micro_batch, self.memory.total()]
 
     def _tokens_that_fit(self) -> float:
         if not self._bytes_per_token:
@@ -153,7 +170,9 @@ class VRAMGuard(Callback):
         where = f"out of memory in the {failure.stage} of step {failure.step}"
         longest = failure.tokens_at_once // max(1, failure.rows_at_once)
         if failure.rows_at_once <= 1:
-            hint = TOO_LARGE.format(length=max(1, longest // 2))
+            asked = "sampling" if trainer.state.fn == "predict" else "generations"
+            answers = failure.stage == "generation"
+            hint = LONG_ANSWERS.format(asked) if answers else TOO_LARGE.format(max(1, longest // 2))
             raise RunStopped(f"{where} with a row of {longest:,} tokens: {hint}")
         if failure.stage == "generation":
             return True  # half of the prompts at a time
@@ -180,6 +199,7 @@ class VRAMGuard(Callback):
         before = pl_module.max_tokens_per_micro_batch
         budget = budget if before is None else min(budget, before)  # this rank's may be smaller
         pl_module.max_tokens_per_micro_batch = self._budget = budget
+        self._cut_from = self._cuts_from(trainer)
         shown = f"{before:,}" if before is not None else "the whole step"
         event = f"{why}: {shown} -> {budget:,} tokens per micro-batch"
         self._record(trainer, trainer.global_step + 1, event, kind)

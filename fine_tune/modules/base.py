@@ -19,7 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fine_tune.batches import DataPlan, PredictBatch, StepFailure
 from fine_tune.errors import RunStopped, UserError
-from fine_tune.modules.changed_settings import follow_settings, step_settings
+from fine_tune.modules.changed_settings import (
+    follow_settings,
+    forget_failed_step,
+    step_settings,
+)
 from fine_tune.modules.checks import warmup_problems
 from fine_tune.modules.evaluation import answer, in_parts, log_evaluation
 from fine_tune.modules.gradients import StepGradient, gradients, update
@@ -315,10 +319,9 @@ class StepModule(HuggingFaceModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["run_settings"] = step_settings(self)
-        loaders = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-        for loader in loaders.get("combined_loader", []):
-            # not the batch of a step that failed
-            loader["num_handed_over"] = checkpoint["global_step"]
+        loop = checkpoint.get("loops", {}).get("fit_loop")
+        if loop is not None:
+            forget_failed_step(loop, checkpoint["global_step"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -24,6 +24,22 @@ def step_settings(module: "StepModule") -> dict[str, Any]:
     }
 
 
+def forget_failed_step(loop: dict[str, Any], step: int) -> None:
+    """Let a fit loop's saved state count the steps that were taken, and not the batch of one that failed meanwhile.
+
+    Lightning validates and logs by the number of batches that it began with.
+
+    Args:
+        loop: Lightning's state of it, changed in place.
+        step: Optimizer steps taken.
+    """
+    for loader in loop.get("state_dict", {}).get("combined_loader", []):
+        loader["num_handed_over"] = step
+    progress = loop["epoch_loop.batch_progress"]
+    for count in (progress["total"], progress["current"]):
+        count["ready"] = count["started"] = count["processed"]
+
+
 def follow_settings(module: "StepModule", checkpoint: dict[str, Any]) -> None:
     """Make the module's settings take effect on the state of a checkpoint that is about to be restored for training.
 

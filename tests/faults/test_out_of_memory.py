@@ -12,7 +12,8 @@ import yaml
 from harness import CommandLine, Outcome
 from safetensors.torch import load_file
 
-from fine_tune.modules import SFT
+from fine_tune.modules import SFT, evaluation
+from fine_tune.runs.run_folder import run_of
 
 LORA = ["--model.lora.r", "4", "--model.lora.target_modules", '["q_proj", "v_proj"]']
 NO_REHEARSAL = ["--vram_guard.rehearse", "false"]
@@ -92,10 +93,10 @@ def assert_same(ours: Outcome, name: str, other: str = "straight", bound: float 
     assert [row["step"] for row in rows] == [row["step"] for row in straight]
     assert [row["lr"] for row in rows] == [row["lr"] for row in straight]
     for row, expected in zip(rows, straight, strict=True):
-        if row["train/loss"]:
-            assert float(row["train/loss"]) == pytest.approx(
-                float(expected["train/loss"]), rel=1e-5
-            )
+        for key in ("train/loss", "val/loss", "val/token_accuracy"):
+            assert bool(row[key]) == bool(expected[key])
+            if row[key]:
+                assert float(row[key]) == pytest.approx(float(expected[key]), rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [[], LORA])
@@ -141,6 +142,99 @@ def test_the_budget_is_kept_when_the_run_goes_on(
     assert resumed.code == 0, resumed.err
     assert "out of memory" not in resumed.out.rpartition("precision: ")[2]
     assert_same(resumed, "run")
+
+
+@pytest.mark.parametrize("budget", ["64", "128"])
+def test_a_cut_budget_gives_way_to_another_one_that_is_asked_for(
+    command_line: CommandLine, fit_args: list[str], device: Device, budget: str
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--data.max_tokens_per_micro_batch", "64"]
+    device.limit = 60
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "5"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, "--checkpoint.every", "2", *stop)
+    resumed = command_line(
+        "fit", *args, "--ckpt_path", "last", "--data.max_tokens_per_micro_batch", budget
+    )
+    assert resumed.code == 0, resumed.err
+    told = resumed.out.rpartition("precision: ")[2]
+    assert ("tokens, cut earlier in this run" in told) == (budget == "64")
+    assert ("was of another budget or device" in told) == (budget == "128")
+    assert ("128 -> " in told) == (budget == "128")  # tried, and cut anew
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+@pytest.mark.usefixtures("device")
+def test_a_validation_row_that_does_not_fit_stops_and_all_rows_are_validated_when_it_goes_on(
+    command_line: CommandLine, fit_args: list[str], bad: int
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--data.eval_batch_size", "1"]
+    command_line("fit", *args, "--name", "straight")
+    original, count = SFT.evaluate, [0]
+
+    def unfit(self: SFT, micro_batch: Any) -> None:
+        count[0] += 1
+        if count[0] == bad:
+            raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+        original(self, micro_batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SFT, "evaluate", unfit)
+        stopped = command_line("fit", *args)
+    assert stopped.code == 2 and "one row alone does not fit" in stopped.err
+    resumed = command_line("fit", *args, "--ckpt_path", "last")
+    assert resumed.code == 0, resumed.err
+    assert_same(resumed, "run", bound=0.0)
+    for key in ("best", "best_score", "last", "status"):
+        assert resumed.run().read()[key] == resumed.run("straight").read()[key]
+
+
+@pytest.mark.usefixtures("device")
+def test_an_answer_that_does_not_fit_names_its_setting_and_the_run_gets_its_result_later(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--generations.rows", "2", "--trainer.max_steps", "2"]
+    original, calls = evaluation.generate, [0]
+
+    def after_the_first(*given: Any) -> Any:
+        calls[0] += 1
+        return original(*given) if calls[0] == 1 else no_memory()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "generate", after_the_first)
+        stopped = command_line("fit", *args)
+    assert stopped.code == 2 and "set --generations.max_new_tokens lower" in stopped.err
+    assert not stopped.run().read().get("results")
+    config = stopped.run().path / "config.yaml"
+    assert f"resume: python -m fine_tune fit --config {config} --ckpt_path last" in stopped.err
+    resumed = command_line("fit", "--config", config, "--ckpt_path", "last", root=False)
+    assert resumed.code == 0, resumed.err
+    assert [r["split"] for r in resumed.run().read()["results"]] == ["validation"]
+
+
+@pytest.mark.usefixtures("device")
+def test_going_back_passes_over_a_damaged_checkpoint(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--checkpoint.every", "2"]
+    command_line("fit", *args, "--name", "straight")
+    run_out_in_update(monkeypatch, 8)
+    original = SFT.optimizer_step
+
+    def damaging(self: SFT, *given: Any, **named: Any) -> Any:
+        if self.trainer.global_step == 7:
+            self.trainer.strategy.checkpoint_io.wait()  # type: ignore[attr-defined]
+            file = run_of(self.trainer).checkpoint("last") / "model.safetensors"  # type: ignore[operator]
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+        return original(self, *given, **named)
+
+    monkeypatch.setattr(SFT, "optimizer_step", damaging)
+    outcome = command_line("fit", *args)
+    assert outcome.code == 0, outcome.err
+    assert "going back to epoch=1.00-step=5: 2 steps are redone" in outcome.out
+    assert_same(outcome, "run")
 
 
 @pytest.mark.parametrize("step", [1, 4])

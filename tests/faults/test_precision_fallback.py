@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness import CommandLine, Outcome
 from lightning.pytorch.plugins.precision import MixedPrecision
+from processes import assert_same_run
 from safetensors.torch import load_file
 
 from fine_tune.callbacks.precision_fallback import PrecisionFallback
@@ -134,7 +135,7 @@ def test_32_bit_stops_with_the_rows_named_and_goes_on_once_they_are_mended(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = [*fit_args, *NO_REHEARSAL]
-    command_line("fit", *args, "--name", "straight")
+    straight = command_line("fit", *args, "--name", "straight")
     spoil(monkeypatch, 4)
     outcome = command_line("fit", *args)
     assert outcome.code == 2
@@ -148,8 +149,20 @@ def test_32_bit_stops_with_the_rows_named_and_goes_on_once_they_are_mended(
     monkeypatch.undo()
     resumed = command_line("fit", *args, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
-    ours, theirs = ([r["train/loss"] for r in resumed.metrics(n)] for n in ("run", "straight"))
-    assert ours == theirs
+    assert_same_run(straight, resumed)
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_what_follows_a_stop_is_validated_and_logged_at_the_steps_it_would_have_been(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, interval: int
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--trainer.val_check_interval", str(interval)]
+    args += ["--trainer.log_every_n_steps", "2"]
+    straight = command_line("fit", *args, "--name", "straight")
+    spoil(monkeypatch, 5)
+    assert command_line("fit", *args).code == 2
+    monkeypatch.undo()
+    assert_same_run(straight, command_line("fit", *args, "--ckpt_path", "last"))
 
 
 def test_a_gradient_that_is_no_number_is_caught_before_the_update(

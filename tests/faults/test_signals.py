@@ -140,6 +140,14 @@ def test_a_signal_after_the_last_step_leaves_the_rest_undone(
     assert "results" not in record
     assert "test_openings" not in record
     assert "validate --config" in stopped.out
+    config = stopped.run().path / "config.yaml"
+    args = ["--config", config, "--trainer.callbacks", "null", "--ckpt_path", "last"]
+    closed = command_line("fit", *args, root=False)
+    assert closed.code == 0, closed.err
+    assert [r["split"] for r in stopped.run().read()["results"]] == ["validation", "test"]
+    assert stopped.run().read()["results"][0]["checkpoint"] == stopped.run().read()["best"]
+    again = command_line("fit", *args, root=False)
+    assert again.code == 0 and len(stopped.run().read()["results"]) == 2
 
 
 def test_slurm_is_asked_for_a_requeue_and_the_same_command_line_goes_on(
