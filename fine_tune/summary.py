@@ -8,7 +8,7 @@ from fine_tune.batches import Choice, DataPlan
 from fine_tune.callbacks.generations import GENERATIONS_FILE, before_after_table, read_generations
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.report.targets import judge
-from fine_tune.runs.results import own_results
+from fine_tune.runs.results import own_results, timed_steps
 from fine_tune.runs.run_folder import RunFolder
 
 
@@ -59,8 +59,14 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
         f"{record.get('status', 'ended')}: step {step:,} of {num_steps:,} in {format_seconds(seconds)}"
     )
     if record.get("seconds") and record.get("num_tokens"):
-        tokens = record["num_tokens"]["train"] * step / record["steps_per_epoch"]
-        lines[-1] += f", {tokens:,.0f} tokens, {tokens / record['seconds']:,.0f} tokens/s"
+        of_step = record["num_tokens"]["train"] / record["steps_per_epoch"]
+        timed = sum(last - first for first, last in timed_steps(record))
+        lines[-1] += f", {of_step * step:,.0f} tokens"
+        lines[-1] += f", {of_step * timed / record['seconds']:,.0f} tokens/s" if timed else ""
+    if record.get("status") == "finished" and step < num_steps:
+        lines.append(
+            f"early stopping ended it: {record.get('monitor', 'val/loss')} no longer improved"
+        )
     for result in record.get("results", [])[-2:]:
         shown = "  ".join(
             f"{name} {value:.4g}"
@@ -75,7 +81,6 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
         f"curves: tensorboard --logdir {shlex.quote(str(run.path))}",
     ]
     if record.get("status") == "finished":
-        lines.append(f"next: python -m fine_tune test --config {_config(run)} --ckpt_path best")
         lines += _uses(run, record)
     else:
         lines.append(resume(run))
@@ -83,21 +88,25 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
 
 
 def _uses(run: RunFolder, record: dict[str, Any]) -> list[str]:
-    """Lines that use what was trained, ready to paste."""
+    """Lines that measure and use what was trained, ready to paste."""
     identity, folder = record.get("identity", {}), shlex.quote(str(run.path))
     has_adapter = any(key.startswith("model.lora.") for key in identity)
-    rows = f"predict --config {_config(run)} --ckpt_path best"
-    rows += " --data.predict_path IN.jsonl --output OUT.jsonl"
-    answers = [] if str(identity.get("model", "")).endswith("Reward") else [f"chat {folder}"]
-    verbs = [*answers, rows, f"{'merge' if has_adapter else 'export'} {folder}"]
-    return [f"      python -m fine_tune {verb}" for verb in verbs]
+    of_best = f"--config {_config(run)} --ckpt_path best"
+    tested = any(result["split"] == "test" for result in own_results(record))
+    verbs = [f"test {of_best}"] if "test" in record.get("num_rows", {}) and not tested else []
+    verbs += [] if str(identity.get("model", "")).endswith("Reward") else [f"chat {folder}"]
+    verbs += [f"predict {of_best} --data.predict_path IN.jsonl --output OUT.jsonl"]
+    verbs += [f"{'merge' if has_adapter else 'export'} {folder}"]
+    return [
+        f"{'     ' if i else 'next:'} python -m fine_tune {verb}" for i, verb in enumerate(verbs)
+    ]
 
 
 def stopped(run: RunFolder, verb: str, signal: str) -> list[str]:
     """Lines that say what a signal left, and the command that goes on from there."""
-    if verb != "fit":
-        return [f"stopped by {signal}: nothing was recorded of this {verb}"]
     record, last = run.read(), run.checkpoint("last")
+    if verb != "fit":
+        return [f"stopped by {signal}: no result of this {verb} was kept{_counted(record, verb)}"]
     if last is None:
         return [f"stopped by {signal} before anything was saved", resume(run)]
     where = f"step {record.get('step', 0):,} of {record.get('num_steps', 0):,}"
@@ -108,6 +117,12 @@ def stopped(run: RunFolder, verb: str, signal: str) -> list[str]:
             f"next: python -m fine_tune validate --config {_config(run)} --ckpt_path best",
         ]
     return [f"stopped by {signal} at {where}; saved: {last}", resume(run)]
+
+
+def _counted(record: dict[str, Any], verb: str) -> str:
+    """Say that a test that was broken off had opened its split."""
+    without = [o for o in record.get("test_openings", []) if not o.get("result")]
+    return "; its opening of the test split counts" if verb == "test" and without else ""
 
 
 def resume(run: RunFolder) -> str:

@@ -108,12 +108,16 @@ class RunRecord(Callback):
     def _end(self, trainer: Trainer, status: str) -> None:
         if trainer.is_global_zero:
             known = run_of(trainer).read()
-            seconds = known.get("seconds", 0.0) + time.monotonic() - self._start
-            facts = {"status": status, "step": trainer.global_step, "seconds": round(seconds, 3)}
-            taken = self._energy.watt_hours() if self._energy is not None else None
-            if taken is not None:
+            taken_now = time.monotonic() - self._start
+            facts: dict[str, Any] = {"status": status, "step": trainer.global_step}
+            facts["seconds"] = round(known.get("seconds", 0.0) + taken_now, 3)
+            if starts := known.get("starts", []):
+                ended = {"to_step": trainer.global_step, "seconds": round(taken_now, 3)}
+                facts["starts"] = [*starts[:-1], {**starts[-1], **ended}]
+            used = self._energy.watt_hours() if self._energy is not None else None
+            if used is not None:
                 before = known.get("energy", {}).get("watt_hours", 0.0)
-                facts["energy"] = {"watt_hours": round(before + taken, 4)}
+                facts["energy"] = {"watt_hours": round(before + used, 4)}
             run_of(trainer).update(facts)
 
     def _result(self, trainer: Trainer, pl_module: Any, split: str) -> None:

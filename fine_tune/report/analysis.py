@@ -12,6 +12,7 @@ import numpy as np
 
 from fine_tune.report.noise import (
     FEWEST,
+    has_late_noise,
     late_noise,
     luck,
     mean_until,
@@ -26,6 +27,11 @@ Tone = Literal["good", "bad", "note"]
 LATE = 0.8  # from here on a run is late
 SIGMAS = 3.0
 OF_LEVEL, OF_FALL = 0.01, 0.02  # smaller changes of a loss are none: of its value, of all it fell
+OF_LEFT, OF_FALL_LEFT = (
+    0.05,
+    0.001,
+)  # but of little loss that is left, this share of it is one, above this of the fall
+OF_LEVEL_UNKNOWN = 0.05  # of its value, where few evaluations leave its noise unknown
 OF_FALL_RISEN = 0.2  # of all that training won and lost again: it diverged
 OF_LEVEL_RISEN = 0.2  # of the first loss, by which all of the last ones lie above it
 STEADY_GROWTH, STEADY_PEAK = 3.0, 10.0
@@ -165,14 +171,17 @@ def overfitting(train: Curve, validation: Curve) -> Finding | None:
     numbers |= {"step": int(validation.steps[best]), "end": int(validation.steps[-1])}
     limit = max(
         (SIGMAS + luck(len(validation))) * late_noise(validation),
-        OF_LEVEL * abs(low),
-        OF_FALL * _fall(train, low),
+        (OF_LEVEL if has_late_noise(validation) else OF_LEVEL_UNKNOWN) * abs(low),
+        _least(_fall(train, low), low),
     )
     then, now = (mean_until(train, int(validation.steps[i])) for i in (best, -1))
     if last - low <= limit or then is None or now is None:
         return None
     numbers |= {"rise": last - low, "limit": limit, "then": then, "now": now}
-    falls = then - now > SIGMAS * training_noise(train) * math.sqrt(2 / window(train))
+    least = SIGMAS * training_noise(train) * math.sqrt(2 / window(train))
+    if not has_late_noise(train):  # the noise of all of it has the steep beginning in it
+        least = min(least, OF_LEVEL_UNKNOWN * abs(then))
+    falls = then - now > least
     return Finding("overfitted" if falls else "worsened", "bad", numbers)
 
 
@@ -202,7 +211,7 @@ def improvement(train: Curve, validation: Curve) -> tuple[Verdict, Finding]:
     numbers: dict[str, float] = {"before": before, "last": now, "step": start}
     numbers |= {"end": int(curve.steps[-1]), "change": before - now}
     numbers["fall"] = _fall(train, now)
-    limit = max(SIGMAS * error, OF_LEVEL * abs(now), OF_FALL * numbers["fall"])
+    limit = max(SIGMAS * error, OF_LEVEL * abs(now), _least(numbers["fall"], before))
     if before - now > limit:
         return "improving", Finding(f"improving_{which}", "note", numbers)
     return "converged", Finding(f"converged_{which}", "good", {**numbers, "limit": limit})
@@ -282,6 +291,11 @@ def numerics(evidence: Evidence) -> Finding | None:
     if evidence.num_spikes:
         return Finding("spikes", "note", {"count": evidence.num_spikes})
     return None
+
+
+def _least(fall: float, loss: float) -> float:
+    """Return the least change of a loss that counts beside all it fell; less where little loss is left."""
+    return max(min(OF_FALL * fall, OF_LEFT * abs(loss)), OF_FALL_LEFT * fall)
 
 
 def _fall(train: Curve, low: float) -> float:

@@ -2,10 +2,12 @@
 
 import shlex
 import statistics
+from pathlib import Path
 
 from fine_tune.report.blocks import Block, Code, Facts, Section, Sentences
 from fine_tune.report.record import RunRecord, is_number
 from fine_tune.report.words import Words
+from fine_tune.runs.results import timed_steps
 
 PYTHON = "python -m fine_tune"
 
@@ -21,10 +23,10 @@ def cost(run: RunRecord, words: Words, grid: float | None) -> Section:
     unknown = words("unknown")
     trained, peak = trained_tokens(run), peak_gib(run)
     rates = run.curve("perf/tokens_per_second").finite().values
-    evaluation = run.curve("perf/evaluation_seconds").finite().values
+    evaluation = _evaluation_seconds(run)
     pairs = [
         (words("time"), _time(run, words)),
-        (words("of_evaluation"), words.seconds(evaluation.sum()) if len(evaluation) else unknown),
+        (words("of_evaluation"), words.seconds(evaluation) if evaluation is not None else unknown),
         (words("trained_tokens"), words.number(trained) if trained else unknown),
         (words("rate"), words.number(statistics.median(rates.tolist())) if len(rates) else unknown),
         (words("peak_memory"), words("gib", value=peak) if peak is not None else unknown),
@@ -52,8 +54,21 @@ def _time(run: RunRecord, words: Words) -> str:
     seconds, starts = run.record.get("seconds"), len(run.record.get("starts", []))
     if not seconds:
         return words("unknown")
-    told = words.seconds(seconds)
+    told, timed = words.seconds(seconds), sum(b - a for a, b in timed_steps(run.record))
+    if 0 < timed < run.step:
+        return words("time_of_steps", time=told, timed=timed, steps=run.step)
     return told if starts < 2 else words("time_of_starts", time=told, count=starts)
+
+
+def _evaluation_seconds(run: RunRecord) -> float | None:
+    """Return what evaluations took of the time that is told."""
+    curve, timed = run.curve("perf/evaluation_seconds").finite(), timed_steps(run.record)
+    known = [
+        seconds
+        for step, seconds in zip(curve.steps, curve.values, strict=True)
+        if any(first < step <= last for first, last in timed)
+    ]
+    return float(sum(known)) if known else None
 
 
 def trained_tokens(run: RunRecord) -> int | None:
@@ -71,10 +86,29 @@ def peak_gib(run: RunRecord) -> float | None:
     return max((float(values.max()) for values in peaks if len(values)), default=None)
 
 
+def _directory(run: RunRecord) -> Path | None:
+    """Return where the run's commands were given: its settings may name files from there."""
+    given = [c.get("directory") for c in run.record.get("commands", []) if isinstance(c, dict)]
+    return Path(given[0]) if given and isinstance(given[0], str) else None
+
+
+def _going_there(run: RunRecord) -> str:
+    directory = _directory(run)
+    return f"cd {shlex.quote(str(directory))} && " if directory is not None else ""
+
+
+def _config(run: RunRecord) -> str:
+    config, directory = run.path / "config.yaml", _directory(run)
+    if directory is not None:
+        config = config.resolve()
+        config = config.relative_to(directory) if config.is_relative_to(directory) else config
+    return shlex.quote(str(config))
+
+
 def commands(run: RunRecord, words: Words) -> Section:
     """Give the commands that reproduce the run, go on with it, and test it; and those that made it."""
     blocks: list[Block] = []
-    fit = f"{PYTHON} fit --config {shlex.quote(str(run.path / 'config.yaml'))}"
+    fit = f"{_going_there(run)}{PYTHON} fit --config {_config(run)}"
     if run.config:
         blocks.append(Code(words("reproduce"), [fit]))
     if run.config and run.record.get("last"):
@@ -85,6 +119,7 @@ def commands(run: RunRecord, words: Words) -> Section:
             if done
             else Code(words("resume"), [f"{fit} --ckpt_path last"])
         )
+    if run.config and run.record.get("last") and "test" in run.record.get("num_rows", {}):
         test = fit.replace(" fit ", " test ", 1)
         blocks.append(Code(words("test_command"), [f"{test} --ckpt_path best"]))
     made = [

@@ -6,7 +6,7 @@ from fine_tune.report.analysis import Analysis, Evidence, Finding, Tone, analyse
 from fine_tune.report.blocks import Section, Sentences
 from fine_tune.report.curves import events
 from fine_tune.report.record import RunRecord
-from fine_tune.report.results import judged
+from fine_tune.report.results import judged, unopened
 from fine_tune.report.words import Words
 
 BAD_ENOUGH = ("diverged", "overfitted", "worsened")  # to be told before a run has ended
@@ -60,17 +60,19 @@ def conclusion(run: RunRecord, found: Analysis, words: Words) -> Section:
     """Say what the run amounts to, and what to do next."""
     told: list[tuple[Tone, str]] = []
     if run.status != "running" or found.verdict in BAD_ENOUGH:  # else it is too early for one
-        told.append((found.main.tone, words(f"verdict_{found.verdict}")))
+        unfinished = found.verdict == "improving" and run.status != "finished"
+        verdict = f"verdict_{found.verdict}{'_unfinished' if unfinished else ''}"
+        told.append((found.main.tone, words(verdict)))
     if run.status != "finished":
         told.append(("note" if run.status == "running" else "bad", words("not_finished")))
     best, step = run.record.get("best"), run.record.get("best_step")
-    if best is not None and step is not None:
+    if best is not None and step is not None and run.record.get("best_score") is not None:
         told.append(("note", words("take_best", step=step, name=str(best))))
     targets = judged(run)
     if targets:
         reached = sum(target.is_reached for target in targets)
         tone: Tone = "good" if reached == len(targets) else "bad"
         told.append((tone, words("targets_reached", reached=reached, count=len(targets))))
-    if not run.results("test"):
-        told.append(("note", words("test_sealed")))
+    if not run.own_results("test"):
+        told.append(("note", unopened(run, words)))
     return Section("conclusion", words("conclusion"), [Sentences(told)])

@@ -23,10 +23,14 @@ def noise(values: np.ndarray) -> float:
     return float(1.4826 * spread / math.sqrt(2))
 
 
+def has_late_noise(curve: Curve) -> bool:
+    """Whether the second half has values enough for its noise; few values of a steep fall say nothing of it."""
+    return len(curve) - len(curve) // 2 >= FEWEST
+
+
 def late_noise(curve: Curve) -> float:
-    """Estimate the noise of the second half; few values of a steep fall say nothing of it."""
-    late = curve.values[len(curve) // 2 :]
-    return noise(late) if len(late) >= FEWEST else 0.0
+    """Estimate the noise of the second half; 0 where it is not known."""
+    return noise(curve.values[len(curve) // 2 :]) if has_late_noise(curve) else 0.0
 
 
 def training_noise(train: Curve) -> float:

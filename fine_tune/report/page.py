@@ -60,8 +60,10 @@ def page_of(
 def _became(run: RunRecord, words: Words) -> str:
     if f"became_{run.status}" not in words.texts:
         return ""
+    ended_early = run.status == "finished" and run.num_steps and run.step < run.num_steps
     planned = words.number(run.num_steps) if run.num_steps else words("unknown")
-    return words(f"became_{run.status}", step=run.step, num_steps=planned)
+    became = "became_stopped_early" if ended_early else f"became_{run.status}"
+    return words(became, step=run.step, num_steps=planned)
 
 
 def _cards(run: RunRecord, words: Words) -> list[Card]:

@@ -9,7 +9,7 @@ from fine_tune.report.record import RunRecord, is_number
 from fine_tune.report.targets import Target, judge
 from fine_tune.report.words import Words
 from fine_tune.runs.answers import ANOTHER, OF_ANSWERS, is_another
-from fine_tune.runs.results import is_of_own_rows
+from fine_tune.runs.results import is_of_own_rows, own_openings
 
 MOST_ANSWERS, MOST_CHARACTERS = 16, 400
 Ends = tuple[float, float]
@@ -19,7 +19,7 @@ def test(run: RunRecord, words: Words) -> Section:
     """List what each opening of the test split measured, with 95 % intervals."""
     results = run.results("test")
     if not results:
-        return Section("test", words("test"), [Sentences([("note", words("test_sealed"))])])
+        return Section("test", words("test"), [Sentences([("note", unopened(run, words))])])
     rows = []
     for result in results:
         when = str(result.get("time", "?"))[:16].replace("T", " ")
@@ -33,9 +33,22 @@ def test(run: RunRecord, words: Words) -> Section:
                 rows.append([name, value, told, counted, tested, checkpoint, when])
     head = [words(k) for k in ("metric", "value", "interval_95", "counted", "tested_rows")]
     head += [words("checkpoint"), words("when")]
-    opened = words("opened", count=len(run.record.get("test_openings", results)))
+    own, others = own_openings(run.record)
+    if "test_openings" not in run.record:  # an older version wrote it
+        own, others = len(results), 0
+    opened = words("opened", count=own)
+    opened += f" {words('opened_others', count=others)}" if others else ""
     table = Table(head, rows, note=words("interval_note"), stacks=True)
     return Section("test", words("test"), [Sentences([("note", opened)]), table])
+
+
+def unopened(run: RunRecord, words: Words) -> str:
+    """Say why there is no result of the test split."""
+    splits = run.record.get("num_rows")
+    if splits and "test" not in splits:
+        return words("test_no_split")
+    own, _ = own_openings(run.record)
+    return words("test_no_result", count=own) if own else words("test_sealed")
 
 
 def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends | None, str]:
@@ -116,6 +129,9 @@ def answers(run: RunRecord, words: Words) -> Section:
     pairs = any("rejected" in answer for answer in shown)
     wanted = ["expected", "rejected"] if pairs else ["expected"]
     rows = []
+    note = ""
+    if len(shown) > MOST_ANSWERS:
+        note = words("answers_shown", shown=MOST_ANSWERS, count=len(shown))
     for answer in sorted(shown, key=lambda a: str(a.get("row_id")).zfill(12))[:MOST_ANSWERS]:
         earlier = before.get(_asked(answer), {})
         texts = [answer.get("prompt"), *(answer.get(name) for name in wanted)]
@@ -125,7 +141,8 @@ def answers(run: RunRecord, words: Words) -> Section:
         rows.append([*(_shortened(text, words) for text in texts), *told])
     expected = ["chosen", "rejected"] if pairs else ["expected"]
     names = ["asked", *expected, "before", "after", *(["log_odds"] if pairs else [])]
-    table = Table([words(name) for name in names], rows, num_text=len(names), stacks=True)
+    head = [words(name) for name in names]
+    table = Table(head, rows, num_text=len(names), note=note, stacks=True)
     return Section("answers", words("answers"), [table])
 
 

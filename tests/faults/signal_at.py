@@ -22,7 +22,7 @@ class SignalAt(Callback):
     def __init__(
         self,
         name: str,
-        hook: Literal["step", "validation_batch", "train_start", "setup"] = "step",
+        hook: Literal["step", "validation_batch", "test_batch", "train_start", "setup"] = "step",
         step: int = 0,
         times: int = 1,
         fn: str = "fit",
@@ -40,6 +40,9 @@ class SignalAt(Callback):
 
     def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
         self._send(trainer, "validation_batch")
+
+    def on_test_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._send(trainer, "test_batch")
 
     def _send(self, trainer: Any, hook: str) -> None:
         here = (hook, trainer.global_step, trainer.state.fn) == (self.hook, self.step, self.fn)

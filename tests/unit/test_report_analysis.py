@@ -139,6 +139,24 @@ def test_noise_alone_is_neither_overfitting_nor_divergence_nor_improvement(seed:
     assert verdict(train, validation).verdict == "converged"
 
 
+def test_what_is_left_of_a_loss_counts_beside_all_it_fell() -> None:
+    train = 0.15 + 4.2 * np.exp(-0.12 * np.arange(39))  # from random weights
+    found = verdict(train, [0.3376, 0.2278, 0.1615, 0.1511])
+    assert (found.verdict, found.main.key) == ("improving", "improving_validation")
+    there = verdict(
+        0.004 + 4.2 * np.exp(-0.3 * np.arange(98)), [0.1, 0.02, 0.0065, 0.0061], every=24
+    )
+    assert there.verdict == "converged"  # 6 % of next to nothing
+
+
+def test_overfitting_is_seen_in_few_steps_and_a_rise_of_unknown_noise_is_not_called_one() -> None:
+    early = [6.0, 3.5, 2.0, 1.2, 0.8, 0.5441, 0.42, 0.3658]
+    assert verdict(early, [3.0, 2.1, 2.25], every=3).verdict == "overfitted"
+    goes_on = noisy(np.full(30, 0.0049), 1e-5)
+    assert verdict(goes_on, [0.004909, 0.0049, 0.004962]).verdict != "worsened"
+    assert verdict(goes_on, [0.004909, 0.0049, 0.0058]).verdict == "worsened"
+
+
 def test_few_numbers_give_no_verdict() -> None:
     assert verdict([3.0, 2.0, 1.0]).verdict == "unclear"
     assert verdict([]).verdict == "unclear"
