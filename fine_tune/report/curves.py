@@ -146,15 +146,20 @@ def _of_layers(layers: dict[str, Curve]) -> list[Line]:
 
 
 def _drawn(words: Words, key: str, drawing: Drawing) -> tuple[str, str, str]:
+    return words(f"chart_{key}"), draw(drawing), in_words(drawing.lines, words)
+
+
+def in_words(lines: list[Line], words: Words) -> str:
+    """Say of each curve that has a name where it begins and ends, and its extremes."""
     told = []
-    for line in drawing.lines:
+    for line in lines:
         curve = line.curve.finite()
         if len(curve) and line.name:
             numbers = {"first": curve.values[0], "last": curve.values[-1]}
             numbers |= {"low": curve.values.min(), "high": curve.values.max()}
             shown = {name: words.number(float(value)) for name, value in numbers.items()}
             told.append(words("curve_told", name=line.name, **shown))
-    return words(f"chart_{key}"), draw(drawing), " ".join(told)
+    return " ".join(told)
 
 
 def _same(one: Curve, other: Curve) -> bool:
