@@ -71,3 +71,14 @@ def test_energy_over_several_starts_says_what_it_leaves_out(
     energy = ReportPage(write_report(folder)).parts["cost"].facts["Energy"]
     assert energy.startswith("2 Wh of the GPUs alone")
     assert ("of a start that was killed nothing is counted" in energy) == told
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--every", 10), ("--grid_gco2e_per_kwh", 0)])
+def test_what_is_for_one_run_is_refused_for_several(
+    command_line: CommandLine, tmp_path: Path, flag: str, value: int
+) -> None:
+    folders = [logged_every_ten(tmp_path / name) for name in ("a", "b")]
+    refused = command_line("report", *folders, flag, value)
+    told = f"error: {flag}: is for the report of one run, and 2 are given; leave it out\n"
+    assert (refused.code, refused.out, refused.err) == (2, "", told)
+    assert not list(tmp_path.rglob("*.html"))
