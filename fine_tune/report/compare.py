@@ -54,7 +54,17 @@ def comparison_of(runs: list[RunRecord], words: Words) -> Page:
         cards=[],
         sections=sections,
         footer=words("made", version=__version__, time=time.strftime("%Y-%m-%d %H:%M")),
+        warnings=_warnings(runs, names, words),
     )
+
+
+def _warnings(runs: list[RunRecord], names: list[str], words: Words) -> list[str]:
+    told = []
+    for name, run in zip(names, runs, strict=True):
+        missing = [] if run.status == "empty" else run.missing
+        for key, files in (("missing_files", missing), ("damaged_files", run.damaged)):
+            told += [f"{name}: {words(key, names=', '.join(files))}"] if files else []
+    return told
 
 
 def differences(runs: list[RunRecord]) -> tuple[dict[str, list[Any]], int]:
@@ -78,19 +88,25 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _settings(runs: list[RunRecord], names: list[str], words: Words) -> list[Block]:
-    differing, same = differences(runs)
+    lost = [name for name, run in zip(names, runs, strict=True) if not run.config]
+    read = [name for name in names if name not in lost]
+    told = [words("config_lost", name=name) for name in lost]
+    differing, same = differences([run for run in runs if run.config])
+    if len(read) > 1 and not differing:
+        told.append(words("config_equal"))
+    blocks: list[Block] = [Sentences([("note", line) for line in told])] if told else []
     if not differing:
-        return [Sentences([("note", words("config_equal"))])]
+        return blocks
     rows = [[key, *(_shown(value, words) for value in values)] for key, values in differing.items()]
     table = Table(
-        [words("setting"), *names],
+        [words("setting"), *read],
         rows,
-        num_text=1 + len(names),
+        num_text=1 + len(read),
         note=words("config_same", count=same),
         marked=frozenset(range(len(rows))),
         mark="differs",
     )
-    return [table]
+    return [*blocks, table]
 
 
 def _results(runs: list[RunRecord], names: list[str], verdicts: list[str], words: Words) -> Table:
