@@ -165,7 +165,7 @@ def _curves(runs: list[RunRecord], words: Words) -> list[Block]:
             if len(curve.finite()):
                 lines.append(Line(letter, curve, points=column == "val/loss", colour=colour))
         if lines:
-            svg = draw(Drawing(lines, words("step")))
+            svg = draw(Drawing(lines, words("step"), localized=words.localized))
             drawn.append((words(key), svg, in_words(measured, words)))
     return [Charts(drawn)] if drawn else [Sentences([("note", words("no_metrics"))])]
 

@@ -1,5 +1,7 @@
 """How training went, drawn: loss, learning rate, gradient norm, speed, memory, rewards; events marked."""
 
+from dataclasses import replace
+
 from fine_tune.report.blocks import Block, Charts, Section, Sentences
 from fine_tune.report.charts import SERIES, Drawing, Line, Mark, draw, smoothed
 from fine_tune.report.noise import window
@@ -146,7 +148,8 @@ def _of_layers(layers: dict[str, Curve]) -> list[Line]:
 
 
 def _drawn(words: Words, key: str, drawing: Drawing) -> tuple[str, str, str]:
-    return words(f"chart_{key}"), draw(drawing), in_words(drawing.lines, words)
+    svg = draw(replace(drawing, localized=words.localized))
+    return words(f"chart_{key}"), svg, in_words(drawing.lines, words)
 
 
 def in_words(lines: list[Line], words: Words) -> str:
