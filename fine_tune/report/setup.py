@@ -122,11 +122,19 @@ def _validated(run: RunRecord, words: Words) -> str:
     interval = run.number("trainer.val_check_interval")
     if interval is not None:
         is_share = isinstance(interval, float) and interval <= 1
-        return words.share(interval, 0) if is_share else words("every_steps", steps=interval)
+        return _share(interval, run, words) if is_share else words("every_steps", steps=interval)
     per_epoch = run.record.get("steps_per_epoch")
     if run.config and run.setting("trainer.val_check_interval") is None and per_epoch:
         return words("every_epoch", steps=per_epoch)
     return words("unknown")
+
+
+def _share(of_epoch: float, run: RunRecord, words: Words) -> str:
+    share, per_epoch = f"{words.number(100 * of_epoch)} %", run.record.get("steps_per_epoch")
+    if not per_epoch:
+        return words("share_of_epoch", share=share)
+    steps = max(1, round(of_epoch * per_epoch))  # as trainer_settings.validation_steps
+    return words("share_of_epoch_steps", share=share, steps=steps)
 
 
 def _numerics(run: RunRecord, words: Words) -> list[tuple[str, str]]:
