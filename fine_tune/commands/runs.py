@@ -76,11 +76,16 @@ def _list(root: Path, filters: list[str], sort: str, *, as_json: bool) -> None:
 
 def _passes(run: Listed, filters: list[str]) -> bool:
     for given in filters:
-        key, _, pattern = given.partition("=")
-        if key not in TEXTS or not pattern:
+        key, equals, pattern = given.partition("=")
+        if key not in TEXTS:
             raise UserError(
                 f"--filter: '{given}' is not KEY=PATTERN{nearest(key, TEXTS) or '; keys: ' + ', '.join(TEXTS)}"
             )
+        if not pattern:
+            wrong = (
+                f"the pattern of '{given}' is empty" if equals else f"'{given}' is not KEY=PATTERN"
+            )
+            raise UserError(f"--filter: {wrong}; give one, like {key}=*text*")
         texts = [str(run[key] or "")]
         if key == "status" and run["resumable"]:
             texts += ["resumable", f"{run[key]}, resumable"]  # as the table shows it

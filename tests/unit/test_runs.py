@@ -150,7 +150,8 @@ def test_a_column_that_is_empty_for_every_run_sorts_nothing(
     ("flags", "told"),
     [
         (["--filter", "stat=x"], "did you mean 'status'"),
-        (["--filter", "status"], "is not KEY=PATTERN"),
+        (["--filter", "status"], "'status' is not KEY=PATTERN; give one, like status=*text*"),
+        (["--filter", "status="], "the pattern of 'status=' is empty; give one, like status="),
         (["--sort", "vall/loss"], "no run has 'vall/loss'; did you mean 'val/loss'"),
         (["--compare", "done", "nope"], "no run 'nope'"),
         (["--compare", "done", "a question typed in its place, " * 20], "no run 'a question"),
