@@ -17,6 +17,7 @@ from fine_tune.errors import UserError, nearest
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
 from fine_tune.runs.listing import WRONG, Listed, headline, list_runs, numbers
+from fine_tune.runs.results import own_results
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
 
 TEXTS = ["run", "status", "model", "data", "started"]
@@ -178,7 +179,7 @@ def _facts(run: RunFolder) -> dict[str, Any]:
     record = run.read()
     try:
         facts = dict(record.get("identity", {}))
-        for result in record.get("results", []):
+        for result in own_results(record):
             facts |= result["metrics"]
     except WRONG as error:
         raise UserError(f"{run.path / RECORD}: the run's record is damaged: {error!r}") from error

@@ -171,6 +171,18 @@ def test_only_what_differs_is_compared(root: Path, capsys: pytest.CaptureFixture
     assert "same" not in told["different"]
 
 
+def test_a_test_of_other_rows_is_not_compared_as_the_runs_own(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_rows = {"split": "test", "test_hash": "x", "metrics": {"test/loss": 1.5}}
+    others = {"split": "test", "test_hash": "y", "metrics": {"test/loss": 9.5, "test/more": 1.0}}
+    write_run(root, "one", test_hash="x", results=[own_rows, others])
+    write_run(root, "two", test_hash="x", results=[{**own_rows, "metrics": {"test/loss": 2.5}}])
+    assert main(["runs", "--root", str(root), "--json", "--compare", "one", "two"]) == 0
+    different = json.loads(capsys.readouterr().out)["different"]
+    assert different == {"test/loss": [1.5, 2.5]}
+
+
 def test_a_damaged_record_is_told_and_hides_nothing(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
