@@ -183,6 +183,25 @@ def test_a_test_of_other_rows_is_not_compared_as_the_runs_own(
     assert different == {"test/loss": [1.5, 2.5]}
 
 
+def no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def test_what_is_no_number_is_null_in_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"val/loss": float("nan"), "val/perplexity": float("inf")}
+    identity = {"rates": [0.1, -float("inf")]}
+    results = [{"split": "validation", "metrics": metrics}]
+    write_run(root, "diverged", results=results, identity=identity, monitor=float("nan"))
+    for flags in (["--compare", "done", "diverged"], []):
+        assert main(["runs", "--root", str(root), "--json", *flags]) == 0
+        told = json.loads(capsys.readouterr().out, parse_constant=no_json)
+        if flags:
+            assert told["different"]["val/loss"] == [9.0, None]
+            assert told["different"]["rates"] == [None, [0.1, None]]
+    assert main(["runs", "--root", str(root), "--compare", "done", "diverged"]) == 0
+    assert "nan" in capsys.readouterr().out  # a reader sees what it was
+
+
 def test_a_damaged_record_is_told_and_hides_nothing(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
