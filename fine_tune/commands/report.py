@@ -45,6 +45,8 @@ def main(args: list[str]) -> int:
         grid = own.grid_gco2e_per_kwh
         if problems := grid_problems(grid):
             raise UserError(*problems)
+        if problems := _for_one_run(own):
+            raise UserError(*problems)
         folders = [find_run(name, own.root).path for name in own.run]
         if len(folders) > 1:
             file = write_comparison(folders, own.language, own.output)
@@ -56,3 +58,12 @@ def main(args: list[str]) -> int:
         return 2
     print(f"report: {printable(str(file))}")
     return 0
+
+
+def _for_one_run(own: argparse.Namespace) -> list[str]:
+    """Name the flags that were given although a page of several runs has nothing of theirs."""
+    if len(own.run) < 2:
+        return []
+    given = [flag for flag in ("every", "grid_gco2e_per_kwh") if getattr(own, flag) is not None]
+    told = f"is for the report of one run, and {len(own.run)} are given; leave it out"
+    return [f"--{flag}: {told}" for flag in given]

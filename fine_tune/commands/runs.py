@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -17,6 +18,7 @@ from fine_tune.errors import UserError, nearest
 from fine_tune.printable import printable
 from fine_tune.runs.find import find_run
 from fine_tune.runs.listing import WRONG, Listed, headline, list_runs, numbers
+from fine_tune.runs.results import own_results
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder
 
 TEXTS = ["run", "status", "model", "data", "started"]
@@ -67,7 +69,7 @@ def _list(root: Path, filters: list[str], sort: str, *, as_json: bool) -> None:
         print(f"WARNING: {printable(problem)}", file=sys.stderr)
     runs = _sorted([run for run in runs if _passes(run, filters)], sort)
     if as_json:
-        print(json.dumps(runs, indent=1, ensure_ascii=False))
+        _print_json(runs)
     elif not runs:
         print(f"no runs under {root / LOGS}" + (" pass the filter" if filters else ""))
     else:
@@ -76,11 +78,16 @@ def _list(root: Path, filters: list[str], sort: str, *, as_json: bool) -> None:
 
 def _passes(run: Listed, filters: list[str]) -> bool:
     for given in filters:
-        key, _, pattern = given.partition("=")
-        if key not in TEXTS or not pattern:
+        key, equals, pattern = given.partition("=")
+        if key not in TEXTS:
             raise UserError(
                 f"--filter: '{given}' is not KEY=PATTERN{nearest(key, TEXTS) or '; keys: ' + ', '.join(TEXTS)}"
             )
+        if not pattern:
+            wrong = (
+                f"the pattern of '{given}' is empty" if equals else f"'{given}' is not KEY=PATTERN"
+            )
+            raise UserError(f"--filter: {wrong}; give one, like {key}=*text*")
         texts = [str(run[key] or "")]
         if key == "status" and run["resumable"]:
             texts += ["resumable", f"{run[key]}, resumable"]  # as the table shows it
@@ -158,7 +165,7 @@ def _compare(names: list[str], root: Path, *, as_json: bool) -> int:
         if len({json.dumps(of_run.get(key), sort_keys=True) for of_run in facts}) > 1
     }
     if as_json:
-        print(json.dumps({"runs": titles, "different": different}, indent=1, ensure_ascii=False))
+        _print_json({"runs": titles, "different": different})
         return 0
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("", *titles):
@@ -173,11 +180,24 @@ def _facts(run: RunFolder) -> dict[str, Any]:
     record = run.read()
     try:
         facts = dict(record.get("identity", {}))
-        for result in record.get("results", []):
+        for result in own_results(record):
             facts |= result["metrics"]
     except WRONG as error:
         raise UserError(f"{run.path / RECORD}: the run's record is damaged: {error!r}") from error
     return facts | {"best step": record.get("best_step"), "seconds": record.get("seconds")}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Put null where a diverged run has NaN or an infinity, which JSON knows nothing of."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: Any) -> str:

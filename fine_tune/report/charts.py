@@ -5,6 +5,7 @@ Long curves are drawn by the smallest and the largest value of each stretch, so 
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from fine_tune.report.record import Curve
 
@@ -76,13 +77,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a chart shows."""
+    """What a chart shows; ``localized`` writes the numbers of its axes in the page's language."""
 
     lines: list[Line]
     x_name: str
     marks: list[Mark] = field(default_factory=list)
     logarithmic: bool = False
     legend: bool = True
+    localized: Callable[[str], str] = str
 
 
 def thinned(curve: Curve, most: int = MOST_STRETCHES) -> Curve:
@@ -125,10 +127,9 @@ def draw(drawing: Drawing) -> str:
         positive = all((line.curve.finite().values > 0).all() for line in drawing.lines)
         if drawing.logarithmic and positive and any(len(line.curve) for line in drawing.lines):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.yaxis.set_major_formatter("{x:.6g}")
+        axes.yaxis.set_major_formatter(_values(drawing.localized))
+        axes.xaxis.set_major_formatter(_Steps(drawing.localized))
         axes.set_xlabel(drawing.x_name)
         axes.margins(x=0.01)
         handles, names = axes.get_legend_handles_labels()
@@ -141,6 +142,22 @@ def draw(drawing: Drawing) -> str:
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(written, format="svg", metadata=nothing, transparent=True)
     return _for_page(written.getvalue())
+
+
+class _Steps(ScalarFormatter):
+    """As matplotlib numbers an axis, millions by their power of ten, in the page's language."""
+
+    def __init__(self, localized: Callable[[str], str]) -> None:
+        super().__init__()
+        self._localized = localized
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return self._localized(super().__call__(x, pos))
+
+
+def _values(localized: Callable[[str], str]) -> Callable[[float, float], str]:
+    write = StrMethodFormatter("{x:.6g}")
+    return lambda value, _: localized(write(value))
 
 
 def _line(axes: Axes, line: Line) -> None:

@@ -7,6 +7,7 @@ from fine_tune import __version__
 from fine_tune.report.blocks import Block, Charts, Page, Section, Sentences, Table
 from fine_tune.report.charts import SERIES, Drawing, Line, draw, smoothed
 from fine_tune.report.cost import commands, peak_gib, trained_tokens
+from fine_tune.report.curves import in_words
 from fine_tune.report.findings import analysis_of, sentence
 from fine_tune.report.noise import window
 from fine_tune.report.record import RunRecord
@@ -53,7 +54,17 @@ def comparison_of(runs: list[RunRecord], words: Words) -> Page:
         cards=[],
         sections=sections,
         footer=words("made", version=__version__, time=time.strftime("%Y-%m-%d %H:%M")),
+        warnings=_warnings(runs, names, words),
     )
+
+
+def _warnings(runs: list[RunRecord], names: list[str], words: Words) -> list[str]:
+    told = []
+    for name, run in zip(names, runs, strict=True):
+        missing = [] if run.status == "empty" else run.missing
+        for key, files in (("missing_files", missing), ("damaged_files", run.damaged)):
+            told += [f"{name}: {words(key, names=', '.join(files))}"] if files else []
+    return told
 
 
 def differences(runs: list[RunRecord]) -> tuple[dict[str, list[Any]], int]:
@@ -77,19 +88,25 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _settings(runs: list[RunRecord], names: list[str], words: Words) -> list[Block]:
-    differing, same = differences(runs)
+    lost = [name for name, run in zip(names, runs, strict=True) if not run.config]
+    read = [name for name in names if name not in lost]
+    told = [words("config_lost", name=name) for name in lost]
+    differing, same = differences([run for run in runs if run.config])
+    if len(read) > 1 and not differing:
+        told.append(words("config_equal"))
+    blocks: list[Block] = [Sentences([("note", line) for line in told])] if told else []
     if not differing:
-        return [Sentences([("note", words("config_equal"))])]
+        return blocks
     rows = [[key, *(_shown(value, words) for value in values)] for key, values in differing.items()]
     table = Table(
-        [words("setting"), *names],
+        [words("setting"), *read],
         rows,
-        num_text=1 + len(names),
+        num_text=1 + len(read),
         note=words("config_same", count=same),
         marked=frozenset(range(len(rows))),
         mark="differs",
     )
-    return [table]
+    return [*blocks, table]
 
 
 def _results(runs: list[RunRecord], names: list[str], verdicts: list[str], words: Words) -> Table:
@@ -103,7 +120,7 @@ def _results(runs: list[RunRecord], names: list[str], verdicts: list[str], words
         [words("best_checkpoint"), *(_number(run.record.get("best_step"), words) for run in runs)],
         [words("time"), *(_seconds(run, words) for run in runs)],
         [words("trained_tokens"), *(_number(trained_tokens(run), words) for run in runs)],
-        [words("peak_memory"), *(_number(peak_gib(run), words) for run in runs)],
+        [words("peak_memory"), *(_peak(run, words) for run in runs)],
     ]
     measured = [_measured(run, words) for run in runs]
     for metric in dict.fromkeys(name for of_run in measured for name in of_run):
@@ -139,20 +156,27 @@ def _curves(runs: list[RunRecord], words: Words) -> list[Block]:
         ("lr", "lr"),
         ("grad_norm", "grad_norm"),
     ):
-        lines = []
+        lines, measured = [], []
         for letter, colour, run in zip(LETTERS, SERIES, runs, strict=False):
             curve = run.curve(column)
+            measured.append(Line(letter, curve))  # told as it is in the tables, not smoothed
             if column == "train/loss":
                 curve = smoothed(curve, window(curve))
             if len(curve.finite()):
                 lines.append(Line(letter, curve, points=column == "val/loss", colour=colour))
         if lines:
-            drawn.append((words(key), draw(Drawing(lines, words("step"))), ""))
+            svg = draw(Drawing(lines, words("step"), localized=words.localized))
+            drawn.append((words(key), svg, in_words(measured, words)))
     return [Charts(drawn)] if drawn else [Sentences([("note", words("no_metrics"))])]
 
 
 def _number(value: Any, words: Words) -> str:
     return words.number(value) if isinstance(value, int | float) else words("unknown")
+
+
+def _peak(run: RunRecord, words: Words) -> str:
+    peak = peak_gib(run)
+    return words("unknown") if peak is None else words("gib", value=peak)
 
 
 def _seconds(run: RunRecord, words: Words) -> str:

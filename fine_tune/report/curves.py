@@ -1,5 +1,7 @@
 """How training went, drawn: loss, learning rate, gradient norm, speed, memory, rewards; events marked."""
 
+from dataclasses import replace
+
 from fine_tune.report.blocks import Block, Charts, Section, Sentences
 from fine_tune.report.charts import SERIES, Drawing, Line, Mark, draw, smoothed
 from fine_tune.report.noise import window
@@ -146,15 +148,21 @@ def _of_layers(layers: dict[str, Curve]) -> list[Line]:
 
 
 def _drawn(words: Words, key: str, drawing: Drawing) -> tuple[str, str, str]:
+    svg = draw(replace(drawing, localized=words.localized))
+    return words(f"chart_{key}"), svg, in_words(drawing.lines, words)
+
+
+def in_words(lines: list[Line], words: Words) -> str:
+    """Say of each curve that has a name where it begins and ends, and its extremes."""
     told = []
-    for line in drawing.lines:
+    for line in lines:
         curve = line.curve.finite()
         if len(curve) and line.name:
             numbers = {"first": curve.values[0], "last": curve.values[-1]}
             numbers |= {"low": curve.values.min(), "high": curve.values.max()}
             shown = {name: words.number(float(value)) for name, value in numbers.items()}
             told.append(words("curve_told", name=line.name, **shown))
-    return words(f"chart_{key}"), draw(drawing), " ".join(told)
+    return " ".join(told)
 
 
 def _same(one: Curve, other: Curve) -> bool:

@@ -1,5 +1,6 @@
 """What a run was set up to do, as its saved settings and its record say."""
 
+import re
 from typing import Any
 
 from fine_tune.report.blocks import Block, Facts, Section
@@ -121,11 +122,19 @@ def _validated(run: RunRecord, words: Words) -> str:
     interval = run.number("trainer.val_check_interval")
     if interval is not None:
         is_share = isinstance(interval, float) and interval <= 1
-        return words.share(interval, 0) if is_share else words("every_steps", steps=interval)
+        return _share(interval, run, words) if is_share else words("every_steps", steps=interval)
     per_epoch = run.record.get("steps_per_epoch")
     if run.config and run.setting("trainer.val_check_interval") is None and per_epoch:
         return words("every_epoch", steps=per_epoch)
     return words("unknown")
+
+
+def _share(of_epoch: float, run: RunRecord, words: Words) -> str:
+    share, per_epoch = f"{words.number(100 * of_epoch)} %", run.record.get("steps_per_epoch")
+    if not per_epoch:
+        return words("share_of_epoch", share=share)
+    steps = max(1, round(of_epoch * per_epoch))  # as trainer_settings.validation_steps
+    return words("share_of_epoch_steps", share=share, steps=steps)
 
 
 def _numerics(run: RunRecord, words: Words) -> list[tuple[str, str]]:
@@ -192,8 +201,9 @@ def environment(run: RunRecord, words: Words) -> list[tuple[str, str]]:
     env = run.record.get("environment", {})
     versions = env.get("packages") if isinstance(env.get("packages"), dict) else {}
     devices = env.get("devices") if isinstance(env.get("devices"), list) else []
+    names = [_device(str(name), words) for name in devices]
     pairs = [
-        (words("device"), ", ".join(map(str, devices)) or _shown(run.setting("trainer.accelerator"), words)),
+        (words("device"), ", ".join(names) or _shown(run.setting("trainer.accelerator"), words)),
         (words("strategy"), f"{_shown(run.setting('trainer.strategy'), words)}, {words('devices')} "
          f"{_shown(env.get('num_devices', run.setting('trainer.devices')), words)}"),
         (words("python"), _shown(env.get("python"), words)),
@@ -202,6 +212,11 @@ def environment(run: RunRecord, words: Words) -> list[tuple[str, str]]:
         (words("commit"), _shown(env.get("git_commit"), words)),
     ]  # fmt: skip
     return pairs
+
+
+def _device(name: str, words: Words) -> str:
+    """Write a CPU's cores, which the record has in English, in the page's language."""
+    return re.sub(r"(\d+) cores(?= \(\d+ GiB\)$)", words("cores", count=r"\1"), name)
 
 
 def _shown(value: Any, words: Words, without: str = "unknown") -> str:

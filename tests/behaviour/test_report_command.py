@@ -47,6 +47,39 @@ def test_the_report_is_written_in_the_language_asked_for(
     assert refused.value.code == 2
 
 
+def test_the_axes_of_an_indonesian_report_have_a_decimal_comma(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    folders = [logged_every_ten(tmp_path / name) for name in ("a", "b")]
+    for (
+        folder
+    ) in folders:  # losses so far apart are drawn logarithmically, alone and in no comparison
+        rows = ["step,train/loss,lr", "1,90.5,0.00055", "2,0.52,0.00065"]
+        (folder / "metrics.csv").write_text("\n".join(rows))
+    assert command_line("report", folders[0], "--language", "id").code == 0
+    assert command_line("report", *folders, "--language", "id").code == 0
+    for name in ("report", "comparison"):
+        texts = ReportPage(folders[0] / f"{name}.html").parts["curves"].chart_texts
+        assert "1,2" in texts and "0,0006" in texts
+        assert not [text for text in texts if "." in text]
+
+
+def test_the_cores_of_a_cpu_are_counted_in_the_reports_language(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    folder = logged_every_ten(tmp_path / "run")
+    record = {
+        "environment": {"devices": ["A 3 cores CPU, 2 cores (7 GiB)", "NVIDIA H100 (80 GiB)"]}
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    assert command_line("report", folder, "--language", "id").code == 0
+    facts = ReportPage(folder / "report.html").parts["setup"].facts
+    assert facts["Perangkat"] == "A 3 cores CPU, 2 inti (7 GiB), NVIDIA H100 (80 GiB)"
+    assert command_line("report", folder).code == 0
+    facts = ReportPage(folder / "report.html").parts["setup"].facts
+    assert facts["Device"] == "A 3 cores CPU, 2 cores (7 GiB), NVIDIA H100 (80 GiB)"
+
+
 @pytest.mark.parametrize("grid", ["-1", "nan", "inf"])
 def test_a_grid_factor_that_is_none_is_refused(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, grid: str
@@ -71,3 +104,14 @@ def test_energy_over_several_starts_says_what_it_leaves_out(
     energy = ReportPage(write_report(folder)).parts["cost"].facts["Energy"]
     assert energy.startswith("2 Wh of the GPUs alone")
     assert ("of a start that was killed nothing is counted" in energy) == told
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--every", 10), ("--grid_gco2e_per_kwh", 0)])
+def test_what_is_for_one_run_is_refused_for_several(
+    command_line: CommandLine, tmp_path: Path, flag: str, value: int
+) -> None:
+    folders = [logged_every_ten(tmp_path / name) for name in ("a", "b")]
+    refused = command_line("report", *folders, flag, value)
+    told = f"error: {flag}: is for the report of one run, and 2 are given; leave it out\n"
+    assert (refused.code, refused.out, refused.err) == (2, "", told)
+    assert not list(tmp_path.rglob("*.html"))

@@ -1,7 +1,9 @@
-"""What the report says of settings that nobody gave."""
+"""What the report says of settings: those nobody gave, and those that are shares."""
 
 import json
+from pathlib import Path
 
+import pytest
 from harness import CommandLine
 from report_page import ReportPage
 
@@ -27,3 +29,22 @@ def test_what_was_left_to_the_defaults_is_shown_as_it_was(
     (last / "adapter_config.json").unlink()
     facts = ReportPage(write_report(run.path)).parts["setup"].facts
     assert facts["LoRA targets"] == "peft's default layers"
+
+
+@pytest.mark.parametrize(
+    ("interval", "per_epoch", "shown"),
+    [
+        (0.5, 98, "50 % of an epoch (49 steps)"),
+        (0.001, 98, "0.1 % of an epoch (1 steps)"),
+        (1.0, 98, "100 % of an epoch (98 steps)"),
+        (0.5, None, "50 % of an epoch"),
+        (1, 98, "every 1 steps"),
+    ],
+)
+def test_a_share_between_validations_says_of_what_and_how_many_steps(
+    tmp_path: Path, interval: float, per_epoch: int | None, shown: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"trainer: {{val_check_interval: {interval}}}")
+    (tmp_path / "run.json").write_text(json.dumps({"steps_per_epoch": per_epoch}))
+    facts = ReportPage(write_report(tmp_path)).parts["setup"].facts
+    assert facts["Validation interval"] == shown

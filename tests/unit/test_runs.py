@@ -150,7 +150,8 @@ def test_a_column_that_is_empty_for_every_run_sorts_nothing(
     ("flags", "told"),
     [
         (["--filter", "stat=x"], "did you mean 'status'"),
-        (["--filter", "status"], "is not KEY=PATTERN"),
+        (["--filter", "status"], "'status' is not KEY=PATTERN; give one, like status=*text*"),
+        (["--filter", "status="], "the pattern of 'status=' is empty; give one, like status="),
         (["--sort", "vall/loss"], "no run has 'vall/loss'; did you mean 'val/loss'"),
         (["--compare", "done", "nope"], "no run 'nope'"),
         (["--compare", "done", "a question typed in its place, " * 20], "no run 'a question"),
@@ -168,6 +169,37 @@ def test_only_what_differs_is_compared(root: Path, capsys: pytest.CaptureFixture
     told = json.loads(capsys.readouterr().out)
     assert told["different"]["data.seed"] == [1, 3]
     assert "same" not in told["different"]
+
+
+def test_a_test_of_other_rows_is_not_compared_as_the_runs_own(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_rows = {"split": "test", "test_hash": "x", "metrics": {"test/loss": 1.5}}
+    others = {"split": "test", "test_hash": "y", "metrics": {"test/loss": 9.5, "test/more": 1.0}}
+    write_run(root, "one", test_hash="x", results=[own_rows, others])
+    write_run(root, "two", test_hash="x", results=[{**own_rows, "metrics": {"test/loss": 2.5}}])
+    assert main(["runs", "--root", str(root), "--json", "--compare", "one", "two"]) == 0
+    different = json.loads(capsys.readouterr().out)["different"]
+    assert different == {"test/loss": [1.5, 2.5]}
+
+
+def no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def test_what_is_no_number_is_null_in_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"val/loss": float("nan"), "val/perplexity": float("inf")}
+    identity = {"rates": [0.1, -float("inf")]}
+    results = [{"split": "validation", "metrics": metrics}]
+    write_run(root, "diverged", results=results, identity=identity, monitor=float("nan"))
+    for flags in (["--compare", "done", "diverged"], []):
+        assert main(["runs", "--root", str(root), "--json", *flags]) == 0
+        told = json.loads(capsys.readouterr().out, parse_constant=no_json)
+        if flags:
+            assert told["different"]["val/loss"] == [9.0, None]
+            assert told["different"]["rates"] == [None, [0.1, None]]
+    assert main(["runs", "--root", str(root), "--compare", "done", "diverged"]) == 0
+    assert "nan" in capsys.readouterr().out  # a reader sees what it was
 
 
 def test_a_damaged_record_is_told_and_hides_nothing(
