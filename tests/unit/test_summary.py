@@ -10,6 +10,7 @@ import pytest
 from fine_tune import summary
 from fine_tune.runs.run_folder import RunFolder
 
+ROWS = {"train": 8, "test": 1}
 MODELS = ("SFT", "DPO", "Reward", "Pretrain")
 
 
@@ -26,7 +27,9 @@ def commands(lines: list[str]) -> list[list[str]]:
 
 
 def ended(run: RunFolder, status: str, **identity: Any) -> list[list[str]]:
-    run.update({"status": status, "step": 2, "num_steps": 2, "identity": identity})
+    run.update(
+        {"status": status, "step": 2, "num_steps": 2, "identity": identity, "num_rows": ROWS}
+    )
     return commands(summary.end_of_fit(run, 1.0, {}))
 
 
