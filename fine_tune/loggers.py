@@ -161,7 +161,7 @@ class QuietWandb(Logger):
     def finalize(self, status: str) -> None:
         if self._run is not None and not self._off:
             try:
-                self._run.finish(exit_code=0 if status == "success" else 1, quiet=True)
+                self._run.finish(exit_code=0 if status == "success" else 1)
             except Exception as error:
                 self._give_up(error)
 

@@ -83,10 +83,14 @@ def test_a_failing_wandb_is_one_line_and_the_run_goes_on(
 def test_wandb_offline_records_the_run(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     outcome = command_line("fit", *fit_args, "--trainer.max_steps", 2)
     assert outcome.code == 0, outcome.err
     assert list((outcome.run().path / "wandb").glob("offline-run-*"))
+    assert "W&B" not in outcome.out
+    assert wandb.run is None  # finished
 
 
 def test_a_wandb_that_fails_later_is_switched_off(tmp_path: Path) -> None:
