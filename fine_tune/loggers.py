@@ -168,7 +168,9 @@ class QuietWandb(Logger):
     def _start(self) -> Any:
         import wandb
 
-        settings = wandb.Settings(init_timeout=4, silent=True)
+        settings = wandb.Settings(  # its records of the machine quote the command line, which may hold secrets
+            init_timeout=4, silent=True, x_disable_meta=True, console="off", save_code=False
+        )
         name = f"{self.folder.parent.name}-{self.folder.name}"
         options: dict[str, Any] = {
             "project": self.project,
