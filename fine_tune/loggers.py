@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger("fine_tune")
 METRICS_FILE = "metrics.csv"
+START_SECONDS = 4  # how long W&B's server is waited for
 LEADING_COLUMNS = (
     "step",
     "epoch",
@@ -169,7 +170,11 @@ class QuietWandb(Logger):
         import wandb
 
         settings = wandb.Settings(  # its records of the machine quote the command line, which may hold secrets
-            init_timeout=4, silent=True, x_disable_meta=True, console="off", save_code=False
+            init_timeout=START_SECONDS,
+            silent=True,
+            x_disable_meta=True,
+            console="off",
+            save_code=False,
         )
         name = f"{self.folder.parent.name}-{self.folder.name}"
         options: dict[str, Any] = {
@@ -186,7 +191,8 @@ class QuietWandb(Logger):
                 _first_line(error),
                 self.folder / "wandb",
             )
-            return wandb.init(**options, mode="offline")
+            # W&B still holds the first name for the attempt that failed.
+            return wandb.init(**options, mode="offline", id=f"{name}-offline")
 
     def _give_up(self, error: Exception) -> None:
         self._off = True

@@ -93,6 +93,30 @@ def test_wandb_offline_records_the_run(
     assert wandb.run is None  # finished
 
 
+def test_a_server_of_wandb_that_is_down_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    wandb.teardown()  # it keeps the environment it first saw
+    monkeypatch.setattr("fine_tune.loggers.START_SECONDS", 1)
+    for key, value in {
+        "MODE": "online",
+        "BASE_URL": "http://127.0.0.1:9",
+        "API_KEY": "0" * 40,
+    }.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    caplog.set_level("INFO", logger="fine_tune")
+    logger = QuietWandb(tmp_path)
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.finalize("success")
+    wandb.teardown()
+    (told,) = (r.getMessage() for r in caplog.records if r.name == "fine_tune")
+    assert "W&B is not reached" in told and str(tmp_path / "wandb") in told
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"trainer/global_step" in kept.read_bytes()
+
+
 def test_a_wandb_that_fails_later_is_switched_off(tmp_path: Path) -> None:
     class Failing:
         def log(self, *args: Any) -> None:
