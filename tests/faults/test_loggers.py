@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,28 @@ def test_a_server_of_wandb_that_is_down_leaves_the_run_offline(
     assert "W&B is not reached" in told and str(tmp_path / "wandb") in told
     (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"trainer/global_step" in kept.read_bytes()
+
+
+def test_a_wandb_that_does_not_end_is_waited_for_once_and_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    class Slow:
+        def finish(self, exit_code: int) -> None:
+            calls.append(exit_code)
+            time.sleep(20)
+
+    monkeypatch.setattr("fine_tune.loggers.FINISH_SECONDS", 0.2, raising=False)
+    caplog.set_level("INFO", logger="fine_tune")
+    logger, begin = QuietWandb(tmp_path), time.monotonic()
+    logger._run = Slow()
+    logger.finalize("success")
+    logger.finalize("success")  # after a fit's last validation
+    assert time.monotonic() - begin < 10
+    assert calls == [0]
+    (told,) = caplog.messages
+    assert "W&B" in told and str(tmp_path / "wandb") in told
 
 
 def test_a_wandb_that_fails_later_is_switched_off(tmp_path: Path) -> None:
