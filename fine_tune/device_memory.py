@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +12,9 @@ from lightning.pytorch.utilities.memory import is_oom_error
 
 from fine_tune.container_memory import memory_limits
 
+PROCESS = Path(
+    "/proc/self"
+)  # Linux keeps the largest size a process had since it was told to forget
 MEMORY_ERRORS = (RuntimeError, MemoryError)  # the types that memory's errors have
 LIBRARIES_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -84,7 +88,8 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._peak = 0
+        self._peak = 0  # the most seen when asked
+        self._is_kept = False  # whether the system keeps the true one
 
     def total(self) -> int:
         return min(
@@ -104,13 +109,26 @@ class HostMemory:
         return now
 
     def peak(self) -> int:
-        return max(self._peak, self.allocated())
+        return max(self._peak, self.allocated(), _largest_size() if self._is_kept else 0)
 
     def reset_peak(self) -> None:
         self._peak = 0
+        try:
+            (PROCESS / "clear_refs").write_text("5")
+            self._is_kept = True
+        except OSError:
+            self._is_kept = False
 
     def clear_cache(self) -> None:
         """Nothing is cached."""
+
+
+def _largest_size() -> int:
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def memory_of(device: torch.device) -> DeviceMemory:

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger("fine_tune")
 METRICS_FILE = "metrics.csv"
+START_SECONDS = 4  # how long W&B's server is waited for
+FINISH_SECONDS = 30  # how long its last uploads are
 LEADING_COLUMNS = (
     "step",
     "epoch",
@@ -159,22 +162,34 @@ class QuietWandb(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._run is not None and not self._off:
-            try:
-                self._run.finish(exit_code=0 if status == "success" else 1, quiet=True)
-            except Exception as error:
-                self._give_up(error)
+        """Wait for the last uploads once, and not for ever: the process of a run that has ended holds a machine."""
+        run, self._run = self._run, None
+        if run is None or self._off:
+            return
+        exit_code = 0 if status == "success" else 1
+        error = _error_within(FINISH_SECONDS, lambda: run.finish(exit_code=exit_code))
+        if error is not None:
+            self._off = True
+            log.warning(
+                "WARNING: W&B did not end well (%s); its records lie in %s, 'wandb sync' sends them",
+                _first_line(error),
+                self.folder / "wandb",
+            )
 
     def _start(self) -> Any:
         import wandb
 
-        settings = wandb.Settings(init_timeout=4, silent=True)
+        # Its records of the machine quote the command line, which may hold secrets.
+        settings: dict[str, Any] = {"x_disable_meta": True, "console": "off", "save_code": False}
+        settings |= {"silent": True, "init_timeout": START_SECONDS}
+        if "finish_timeout" in wandb.Settings.model_fields:  # newer ones: when Python exits, too
+            settings["finish_timeout"] = FINISH_SECONDS
         name = f"{self.folder.parent.name}-{self.folder.name}"
         options: dict[str, Any] = {
             "project": self.project,
             "name": name,
             "dir": str(self.folder),
-            "settings": settings,
+            "settings": wandb.Settings(**settings),
         }
         try:
             return wandb.init(**options, resume="allow", id=name)
@@ -184,7 +199,8 @@ class QuietWandb(Logger):
                 _first_line(error),
                 self.folder / "wandb",
             )
-            return wandb.init(**options, mode="offline")
+            # W&B still holds the first name for the attempt that failed.
+            return wandb.init(**options, mode="offline", id=f"{name}-offline")
 
     def _give_up(self, error: Exception) -> None:
         self._off = True
@@ -247,6 +263,24 @@ def _wandb_login() -> bool:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _error_within(seconds: float, act: Callable[[], Any]) -> Exception | None:
+    """Do something in a thread that is left behind when it takes longer, and return what went wrong."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            act()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        return TimeoutError(f"it took more than {seconds:g} s")
+    return errors[0] if errors else None
 
 
 def _first_line(error: BaseException) -> str:

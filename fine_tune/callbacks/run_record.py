@@ -152,7 +152,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
-        "git_commit": _git_commit(),
+        **_git_commit(),
         "verb": sys.argv[1] if len(sys.argv) > 1 else "",
     }
 
@@ -171,10 +171,18 @@ def of_devices(trainer: Trainer) -> dict[str, Any]:
     return {"devices": list(dict.fromkeys(names)), "num_devices": trainer.world_size}
 
 
-def _git_commit() -> str | None:
+def _git_commit() -> dict[str, Any]:
+    """Name the commit of the working directory, and say so if its files are not those of the commit."""
+    commit = _git("rev-parse", "HEAD")
+    # No lock: a commit made in another terminal meanwhile goes through.
+    changes = commit and _git("--no-optional-locks", "status", "--porcelain", "-uno")
+    return {"git_commit": commit, **({"git_dirty": True} if changes else {})}
+
+
+def _git(*args: str) -> str | None:
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+            ["git", *args], capture_output=True, text=True, timeout=5, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from fine_tune.errors import UserError
 from fine_tune.runs import run_folder as runs
 from fine_tune.runs.checkpoint import WholeCheck, begin_check, finish_replacement, global_step
+from fine_tune.runs.links import refuse_links
 from fine_tune.runs.stored_checkpoints import newest_whole, stored
 
 RUN_VARIABLE = (
@@ -90,6 +91,8 @@ def claim(place: Place, name: str, root: Path) -> runs.RunFolder:
         return place.run or runs.RunFolder(
             Path(os.environ.get(RUN_VARIABLE, root / runs.LOGS / name))
         )
+    named = place.run.path.absolute().parent if place.run is not None else root / runs.LOGS / name
+    refuse_links(named, place.run)
     run = place.run or runs.new_version(root, name)
     check_writable(run.path)
     os.environ[RUN_VARIABLE] = str(run.path)

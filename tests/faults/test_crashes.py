@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -83,10 +84,13 @@ def test_no_secret_reaches_the_run_folder(
         f"{{all: {SECRETS['MY_PWD_OF_ALL']}}}",
     ]
     more += ["--checkpoint.every", "1"]
+    monkeypatch.setenv("WANDB_MODE", "offline")  # W&B would keep the process's arguments
+    monkeypatch.setattr(sys, "argv", ["fine_tune", "fit", *more])
     with pytest.raises(RuntimeError):
         command_line("fit", *fit_args, *defect(3, message="environment"), *more)
     files = [p for p in (tmp_path / "lightning_logs").rglob("*") if p.is_file()]
     assert {"config.yaml", "run.json", "train.log"} <= {file.name for file in files}
+    assert any(file.suffix == ".wandb" for file in files)
     for value in SECRETS.values():
         assert not [file for file in files if value.encode() in file.read_bytes()]
     log = next(file for file in files if file.name == "train.log").read_text()

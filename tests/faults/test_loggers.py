@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,60 @@ def test_a_failing_wandb_is_one_line_and_the_run_goes_on(
 def test_wandb_offline_records_the_run(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     outcome = command_line("fit", *fit_args, "--trainer.max_steps", 2)
     assert outcome.code == 0, outcome.err
     assert list((outcome.run().path / "wandb").glob("offline-run-*"))
+    assert "W&B" not in outcome.out
+    assert wandb.run is None  # finished
+
+
+def test_a_server_of_wandb_that_is_down_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    wandb.teardown()  # it keeps the environment it first saw
+    monkeypatch.setattr("fine_tune.loggers.START_SECONDS", 1)
+    for key, value in {
+        "MODE": "online",
+        "BASE_URL": "http://127.0.0.1:9",
+        "API_KEY": "0" * 40,
+    }.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    caplog.set_level("INFO", logger="fine_tune")
+    logger = QuietWandb(tmp_path)
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.finalize("success")
+    wandb.teardown()
+    (told,) = (r.getMessage() for r in caplog.records if r.name == "fine_tune")
+    assert "W&B is not reached" in told and str(tmp_path / "wandb") in told
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"trainer/global_step" in kept.read_bytes()
+
+
+def test_a_wandb_that_does_not_end_is_waited_for_once_and_not_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    class Slow:
+        def finish(self, exit_code: int) -> None:
+            calls.append(exit_code)
+            time.sleep(20)
+
+    monkeypatch.setattr("fine_tune.loggers.FINISH_SECONDS", 0.2, raising=False)
+    caplog.set_level("INFO", logger="fine_tune")
+    logger, begin = QuietWandb(tmp_path), time.monotonic()
+    logger._run = Slow()
+    logger.finalize("success")
+    logger.finalize("success")  # after a fit's last validation
+    assert time.monotonic() - begin < 10
+    assert calls == [0]
+    (told,) = caplog.messages
+    assert "W&B" in told and str(tmp_path / "wandb") in told
 
 
 def test_a_wandb_that_fails_later_is_switched_off(tmp_path: Path) -> None:

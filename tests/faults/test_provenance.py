@@ -13,6 +13,7 @@ import pytest
 from harness import CommandLine, Outcome, write_rows
 from test_resume import stop_at
 
+from fine_tune.callbacks.run_record import environment as environment_of_run
 from fine_tune.callbacks.step_rows import (
     StepRows,
     keep_until,
@@ -177,6 +178,29 @@ def test_a_run_knows_its_commands_data_and_seeds(
     assert file["file"] == str(rows_file)
     assert len(file["content"]) == len(identity["data.training_rows"]) == 64
     assert {"python", "packages", "git_commit"} <= set(record["environment"])
+
+
+def test_changes_that_are_not_committed_are_recorded_beside_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*args: str) -> str:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+        return subprocess.check_output(["git", *names, *args], cwd=tmp_path, text=True).strip()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment_of_run()["git_commit"] is None
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-qm", "one")
+    (tmp_path / "lightning_logs").mkdir()
+    (tmp_path / "lightning_logs" / "log").write_text("not git's")
+    assert environment_of_run()["git_commit"] == git("rev-parse", "HEAD")
+    assert "git_dirty" not in environment_of_run()
+    (tmp_path / "code.py").write_text("2")
+    assert environment_of_run()["git_commit"] == git("rev-parse", "HEAD")
+    assert environment_of_run()["git_dirty"] is True
 
 
 def test_values_of_secret_variables_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from harness import CommandLine
 from processes import SLOW, assert_same_run, resume, start, wait_for_step
 
 from fine_tune.errors import UserError
+from fine_tune.runs.places import Place, claim
 from fine_tune.runs.run_folder import RunFolder, new_version
 from fine_tune.runs.run_lock import LOCK, OWNER, TAKE_OVER_VARIABLE, RunLock
 
@@ -197,3 +198,40 @@ def test_records_written_by_two_processes_are_whole(tmp_path: Path) -> None:
 def _write(path: Path, number: int) -> None:
     for _ in range(30):
         RunFolder(path).update({"value": str(number) * 10_000 * number})
+
+
+def test_a_run_whose_name_is_a_link_is_refused_and_nothing_is_written_through_it(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    other, logs = tmp_path / "elsewhere", tmp_path / "lightning_logs"
+    other.mkdir()
+    logs.mkdir()
+    (logs / "run").symlink_to(other)
+    refused = command_line("fit", *fit_args, "--trainer.max_steps", 1)
+    assert refused.code == 2 and "Traceback" not in refused.err
+    assert f"'{logs / 'run'}' is a link to '{other}'" in refused.err and "--name" in refused.err
+    assert list(other.iterdir()) == []
+
+
+@pytest.mark.parametrize("link", ["", "version_0", "version_0/checkpoints", "version_0/rows"])
+def test_a_run_to_go_on_in_has_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str
+) -> None:
+    monkeypatch.setenv("FINE_TUNE_RUN_FOLDER", "")
+    version = tmp_path / "lightning_logs" / "run" / "version_0"
+    for name in ("checkpoints", "rows"):
+        (version / name).mkdir(parents=True)
+    path = version.parent / link
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link to"):
+        claim(Place(RunFolder(version), None), "run", tmp_path)
+
+
+def test_all_logs_may_lie_behind_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINE_TUNE_RUN_FOLDER", "")
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "lightning_logs").symlink_to(tmp_path / "large_disk")
+    run = claim(Place(None, None), "run", tmp_path)
+    assert claim(Place(run, None), "run", tmp_path) == run
+    assert (tmp_path / "large_disk" / "run" / "version_0").is_dir()

@@ -120,3 +120,27 @@ def test_where_there_are_no_control_groups_the_machines_memory_counts(
     memory = machine(monkeypatch, tmp_path, "", {})
     (tmp_path / "self").unlink()
     assert (memory.total() / GIB, memory.used() / GIB) == (64, 24)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's own")
+def test_the_hosts_peak_holds_what_was_given_back_since() -> None:
+    memory, mib = HostMemory(), 2**20
+    torch.ones(400 * mib // 4)
+    memory.reset_peak()
+    before = memory.allocated()
+    assert memory.peak() < before + 200 * mib
+    torch.ones(400 * mib // 4)
+    assert before + 350 * mib < memory.peak() < before + 500 * mib
+    assert memory.allocated() < before + 200 * mib
+
+
+def test_where_the_system_keeps_no_peak_it_is_the_most_that_was_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fine_tune.device_memory.PROCESS", tmp_path / "none", raising=False)
+    memory = HostMemory()
+    memory.reset_peak()
+    seen = torch.ones(2**28 // 4)
+    most = memory.allocated()
+    del seen
+    assert memory.peak() == most > memory.allocated()
