@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Bench, Clock, Measured
+from benchmarks.harness import Bench, Clock, Measured, largest_size
 from benchmarks.inputs import Length, llama, save_model, write_rows
 from benchmarks.training import Leg, Row, counted
 
@@ -25,11 +25,10 @@ ROWS = (1_000, 10_000, 100_000, 1_000_000)
 
 def prepare(rows: str, folder: str, model: str) -> Measured:
     """Prepare rows, without splits; what lies in memory before is told, too."""
-    import resource
 
     from fine_tune.data import SFTData
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = largest_size()
     clock = Clock()
     data = SFTData(path=rows, split="none", tokenizer=model, cache_dir=f"{folder}/cache")
     data.prepare_data()
