@@ -136,7 +136,7 @@ class Session:
                     handle.write(json.dumps({"messages": row}, ensure_ascii=False) + "\n")
         except FileExistsError:
             return f"'{name}' exists already, and is left as it is; give another name"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # ~nobody has no home
             return f"'{name}' cannot be written: {getattr(error, 'strerror', None) or error}"
         return f"saved {len(rows)} row{'s' if len(rows) > 1 else ''} in {name}"
 

@@ -107,6 +107,7 @@ def test_a_conversation_is_saved_as_messages_and_never_over_a_file(tmp_path: Pat
     assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 2]
     assert "exists already" in of.save(str(file))
     assert "cannot be written" in of.save(str(tmp_path / "no" / "chat.jsonl"))
+    assert "cannot be written" in of.save("~nosuchuser/chat.jsonl")
     assert of.undo() == "taken back: two" and len(of.exchanges) == 1
 
 
