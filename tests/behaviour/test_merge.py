@@ -347,6 +347,26 @@ def test_an_exported_adapter_opens_in_peft(
     assert named.code == 0 and "a\\x1b[31m" in named.out and "\x1b" not in named.out
 
 
+@pytest.mark.parametrize(("rank", "flag"), [("16", ""), ("17", "--max-lora-rank 32 ")])
+def test_vllm_is_given_the_checkpoint_of_a_base_run_and_room_for_the_rank(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: str,
+    flag: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = command_line("fit", *fit_args, "--trainer.max_steps", "1", "--name", "base").run("base")
+    named, lora = base.path.relative_to(tmp_path), ["--model.lora.r", rank]
+    run = trained(command_line, fit_args, named, "--trainer.max_steps", "1", lora=lora)
+    exported = command_line("export", run)
+    assert exported.code == 0, exported.err
+    serve = re.search(r"vllm serve (\S+) --enable-lora (.*)--lora-modules", exported.out)
+    assert serve is not None and serve[2] == flag
+    assert Path(serve[1]) == base.checkpoint("best") and (Path(serve[1]) / "config.json").is_file()
+
+
 def test_a_folder_that_reads_like_a_name_of_the_hub_is_none_wherever_it_is_exported_from(
     command_line: CommandLine,
     fit_args: list[str],
