@@ -22,6 +22,7 @@ from fine_tune.report.inert import markdown
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
 from fine_tune.runs.lineage import ORIGIN_FILE, parent_of, to_share
+from fine_tune.runs.results import own_results
 from fine_tune.runs.run_folder import RECORD
 from fine_tune.saved_adapters import saved_lora
 from fine_tune.trained_model import TrainedModel
@@ -141,7 +142,7 @@ class ModelFolder:
         environment = jinja2.Environment(
             undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
         )
-        environment.filters["shown"] = _shown
+        environment.filters["shown"], environment.filters["interval"] = _shown, _interval
         try:
             return environment.from_string(TEMPLATE.read_text("utf-8")).render(
                 name=run.name,
@@ -150,7 +151,9 @@ class ModelFolder:
                 identity=record.get("identity") or {},
                 rows=record.get("num_rows") or {},
                 tokens=record.get("num_tokens") or {},
-                results=record.get("results") or [],
+                results=own_results(record),
+                purpose=self.trained.config.get("purpose"),
+                licences=self.trained.config.get("licences") or {},
                 parents=record.get("parents") or [],
                 packages=(record.get("environment") or {}).get("packages") or {},
                 checkpoint=self.trained.checkpoint.name,
@@ -177,3 +180,7 @@ def _python(target: Path, kind: str, package: str = "transformers", more: str = 
 
 def _shown(value: Any) -> str:
     return markdown(f"{value:.6g}" if isinstance(value, float) else value)
+
+
+def _interval(ends: list[float] | None) -> str:
+    return " – ".join(map(_shown, ends)) if ends else ""
