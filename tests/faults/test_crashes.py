@@ -96,6 +96,22 @@ def test_no_secret_reaches_the_run_folder(
     assert "purpose: with ***" in config.read_text()
 
 
+@pytest.mark.parametrize("secret", ["32-true", "lightning", "cosine"])
+def test_a_secret_that_is_also_a_setting_stops_no_run(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    secret: str,
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", secret)
+    more = ["--trainer.precision", "32-true", "--model.lr_scheduler", "cosine"]
+    outcome = command_line("fit", *fit_args, *more, "--trainer.max_steps", "1")
+    assert outcome.code == 0, outcome.err
+    assert "holds the value of a secret environment variable; config.yaml has ***" in outcome.out
+    config = (outcome.run().path / "config.yaml").read_text()
+    assert "***" in config and f": {secret}" not in config
+
+
 @pytest.mark.parametrize(
     ("name", "is_secret"),
     [
