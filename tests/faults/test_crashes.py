@@ -117,9 +117,19 @@ def test_a_secret_that_is_also_a_setting_stops_no_run(
     [
         *(
             (name, True)
-            for name in ("HF_TOKEN", "WANDB_API_KEY", "APIKEY2", "DB_PASSWD", "MY_KEYS")
+            for name in (
+                "HF_TOKEN",
+                "WANDB_API_KEY",
+                "APIKEY2",
+                "DB_PASSWD",
+                "MY_KEYS",
+                "APIKEY",
+                "S3KEY",
+            )
         ),
+        *((name, True) for name in ("key", "GITHUB_PAT_TOKEN", "PGPASSWORD", "SNAPSHOTKEY")),
         *((name, False) for name in ("TOKENIZER", "TOKENIZERS_PARALLELISM", "KEYBOARD_LAYOUT")),
+        *((name, False) for name in ("MONKEY", "HOTKEY", "DONKEYS", "MY_MONKEY")),
     ],
 )
 def test_a_name_that_only_begins_like_a_secrets_is_none(
