@@ -20,7 +20,7 @@ from fine_tune.callbacks.stop_signals import (
 from fine_tune.errors import DamagedCheckpoint, GoBack, UserError
 from fine_tune.exits import exit_code
 from fine_tune.folder_cli import FolderCLI
-from fine_tune.runs.checkpoint import global_step
+from fine_tune.runs.checkpoint import begin_check, global_step
 from fine_tune.runs.places import (
     PARENT_VARIABLE,
     RUN_VARIABLE,
@@ -61,6 +61,7 @@ class FineTuneCLI(FolderCLI):
         if self.settings.test_at_end and not done:
             log.info("the test split stays sealed: the run stopped before its last step")
         elif best is not None and self.settings.test_at_end:
+            begin_check(best.resolve(), at_once=True)  # a damaged one opens no test split
             self.trainer.test(
                 model, datamodule=datamodule, ckpt_path=_text(best.resolve()), verbose=False
             )
@@ -113,8 +114,13 @@ class FineTuneCLI(FolderCLI):
         self._from_whole_checkpoint(lambda: self._measure(self.trainer.validate))
 
     def test(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
-        """Measure the checkpoint on the test split."""
-        self._from_whole_checkpoint(lambda: self._measure(self.trainer.test))
+        """Measure the checkpoint on the test split, which a damaged one does not open."""
+        self._from_whole_checkpoint(self._test)
+
+    def _test(self) -> None:
+        if self.place.check is not None:
+            self.place.check.wait()
+        self._measure(self.trainer.test)
 
     def _measure(self, evaluate: Callable[..., Any]) -> None:
         evaluate(
