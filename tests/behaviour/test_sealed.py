@@ -258,6 +258,8 @@ def test_an_opening_outside_a_run_is_told_by_the_next_one(
     assert looked.code == 0, looked.err
     tested = command_line("test", *verb, root=False)
     assert "opened for the 2nd time" in tested.out and "outside a run" in tested.out
+    (listed,) = json.loads(command_line("runs", "--json", "--root", run.path.parents[2]).out)
+    assert listed["test_openings"] == 2
 
 
 def test_rows_handed_out_before_are_not_at_hand_while_a_model_is_trained(
