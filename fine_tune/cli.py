@@ -20,6 +20,7 @@ from fine_tune.callbacks.stop_signals import (
 from fine_tune.errors import DamagedCheckpoint, GoBack, UserError
 from fine_tune.exits import exit_code
 from fine_tune.folder_cli import FolderCLI
+from fine_tune.runs.checkpoint import begin_check
 from fine_tune.runs.places import (
     PARENT_VARIABLE,
     RUN_VARIABLE,
@@ -58,7 +59,7 @@ class FineTuneCLI(FolderCLI):
         """Name the splits that a finished run has results of: a kill may have come before the best was validated."""
         best, record = self.run_folder.checkpoint("best"), self.run_folder.read()
         results = record.get("results", [])
-        of_best = [r for r in results if best is None or r["checkpoint"] == best.name]
+        of_best = [r for r in results if best is None or r.get("checkpoint") == best.name]
         tests = [r for r in results if r["split"] == "test"]
         return {r["split"] for r in (*of_best, *tests)}
 
@@ -74,6 +75,7 @@ class FineTuneCLI(FolderCLI):
         if not self.settings.test_at_end or "test" in measured:
             return
         if self.trainer.strategy.broadcast(self.run_folder.read().get("status") == "finished"):
+            begin_check(best.resolve(), at_once=True)  # a damaged one opens no test split
             self.trainer.test(self.model, **given)
         else:
             log.info("the test split stays sealed: the run stopped before its last step")
@@ -127,8 +129,13 @@ class FineTuneCLI(FolderCLI):
         self._from_whole_checkpoint(lambda: self._measure(self.trainer.validate))
 
     def test(self, model: LightningModule, datamodule: LightningDataModule, **_: Any) -> None:
-        """Measure the checkpoint on the test split."""
-        self._from_whole_checkpoint(lambda: self._measure(self.trainer.test))
+        """Measure the checkpoint on the test split, which a damaged one does not open."""
+        self._from_whole_checkpoint(self._test)
+
+    def _test(self) -> None:
+        if self.place.check is not None:
+            self.place.check.wait()
+        self._measure(self.trainer.test)
 
     def _measure(self, evaluate: Callable[..., Any]) -> None:
         evaluate(

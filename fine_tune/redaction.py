@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 SECRET_NAME = re.compile(
-    r"(key|token|secret|passw(or)?d|pwd|credential)s?(_|\d|$)", re.IGNORECASE
-)  # TOKENIZER and KEYBOARD are none
+    r"((?<!(?<![a-z])(?:mon|hot|don))key|token|secret|passw(or)?d|pwd|credential)s?(_|\d|$)",
+    re.IGNORECASE,
+)  # TOKENIZER, KEYBOARD and MONKEY are none; APIKEY, ACCOUNTKEY and PGPASSWORD are
 NO_SECRETS = ("PWD", "OLDPWD")  # the shell's folders
 SHORTEST_SECRET = 6  # shorter values, like 0 and true, are settings
 

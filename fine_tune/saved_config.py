@@ -51,7 +51,14 @@ def save_config(
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         with told_by_path(file, CONFIG_BYTES, "trainer.default_root_dir"):
-            parser.save(settings, str(unfinished), skip_none=False, multifile=False, overwrite=True)
+            parser.save(
+                settings,
+                str(unfinished),
+                skip_none=False,
+                skip_validation=True,  # they were parsed; *** is no setting
+                multifile=False,
+                overwrite=True,
+            )
             unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)

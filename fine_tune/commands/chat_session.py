@@ -72,8 +72,11 @@ class Session:
         """Return what the model is asked, the tokens its answer may have, and what the user must know.
 
         Raises:
-            UserError: The question alone does not fit.
+            UserError: The question alone does not fit, or is no text.
         """
+        for text in (exchange.text, *exchange.fields.values()):
+            if (problem := not_text(text)) is not None:
+                raise UserError(f"the question: {problem}")
         positions, wanted = self.model.positions, self.sampling.max_new_tokens
         assert wanted is not None
         room = min(wanted, positions // LEAST_ROOM) if positions else wanted
@@ -109,6 +112,8 @@ class Session:
     def set_system(self, text: str) -> str:
         if self.model.kind != "messages":
             return "this run has no system message: its rows are no conversations"
+        if (problem := not_text(text)) is not None:
+            return problem
         self.system = text
         return "system message set" if text else "no system message"
 
@@ -136,9 +141,24 @@ class Session:
                     handle.write(json.dumps({"messages": row}, ensure_ascii=False) + "\n")
         except FileExistsError:
             return f"'{name}' exists already, and is left as it is; give another name"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # ~nobody has no home
             return f"'{name}' cannot be written: {getattr(error, 'strerror', None) or error}"
         return f"saved {len(rows)} row{'s' if len(rows) > 1 else ''} in {name}"
+
+
+def not_text(text: str) -> str | None:
+    """Say what a tokenizer cannot read: a typed byte that is not UTF-8, which Python keeps as U+DC80 to U+DCFF, or
+    another half of a character; None where there is neither.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        if 0xDC80 <= half <= 0xDCFF:
+            place = len(text[: error.start].encode())
+            return f"not UTF-8 (byte {half - 0xDC00:#x} at {place}); convert it"
+        return f"half a character (\\u{half:04x}), which no text can hold"
+    return None
 
 
 def help_lines() -> Sequence[str]:

@@ -1,5 +1,6 @@
 """A chat in the terminal: lines typed, answers as they come, Ctrl-C, two answers side by side."""
 
+import io
 import json
 import signal
 import sys
@@ -61,6 +62,7 @@ class Terminal:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             _line_editing()
+            _keep_any_byte()
             while (line := self._read(ASK)) is not None:
                 if not self._take(line.strip()):
                     return
@@ -240,3 +242,9 @@ def _fields(session: Session, text: str) -> dict[str, str]:
 def _line_editing() -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (input() uses it from then on)
+
+
+def _keep_any_byte() -> None:
+    """Let a line with a byte that is not UTF-8 come through, to be refused alone; most locales would end the chat."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")

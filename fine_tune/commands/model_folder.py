@@ -17,14 +17,18 @@ import psutil
 
 from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.errors import UserError
+from fine_tune.model_config import adapter_base
 from fine_tune.report.inert import markdown
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
 from fine_tune.runs.lineage import ORIGIN_FILE, parent_of, to_share
+from fine_tune.runs.results import own_results
 from fine_tune.runs.run_folder import RECORD
+from fine_tune.saved_adapters import saved_lora
 from fine_tune.trained_model import TrainedModel
 
 CARD = "README.md"
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # of its --max-lora-rank; 16 if none is given
 TEMPLATE = Path(__file__).parent / "model_card.md.j2"
 
 
@@ -90,9 +94,7 @@ class ModelFolder:
             lines.append(_python(target, f"AutoPeftModel{kind}", "peft", labels))
             init = getattr(self.trained.settings.lora, "init_lora_weights", True)
             if head == "lm" and init not in INITS_THAT_CHANGE_THE_BASE:
-                lines.append(
-                    f"vllm:         vllm serve {shlex.quote(self.base)} --enable-lora --lora-modules tuned={place}"
-                )
+                lines += self._vllm_with_adapter(place)
             merge = f"python -m fine_tune merge {shlex.quote(str(self.trained.run.path))}"
             return [*lines, f"merge:        {merge}"]
         if head == "score":
@@ -103,6 +105,20 @@ class ModelFolder:
             f"vllm:         vllm serve {place}",
             f"gguf:         python llama.cpp/convert_hf_to_gguf.py {place} --outfile {place}/model.gguf",
         ]
+
+    def _vllm_with_adapter(self, place: str) -> list[str]:
+        """Serve it on the base that its own config names, which of a base run is the checkpoint."""
+        base = adapter_base(str(self.trained.checkpoint)) or self.base
+        there = Path(self.trained.directory, base)
+        base = str(there) if there.exists() else base
+        lora = saved_lora(self.trained.checkpoint)
+        largest = max([lora.r, *(lora.rank_pattern or {}).values()])
+        room = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+        if room is None:
+            return []  # vLLM takes no such adapter; merged, it does
+        more = f" --max-lora-rank {room}" if room > VLLM_RANKS[0] else ""
+        served = f"{shlex.quote(base)} --enable-lora{more} --lora-modules tuned={place}"
+        return [f"vllm:         vllm serve {served}"]
 
     @property
     def base(self) -> str:
@@ -126,7 +142,7 @@ class ModelFolder:
         environment = jinja2.Environment(
             undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
         )
-        environment.filters["shown"] = _shown
+        environment.filters["shown"], environment.filters["interval"] = _shown, _interval
         try:
             return environment.from_string(TEMPLATE.read_text("utf-8")).render(
                 name=run.name,
@@ -135,7 +151,9 @@ class ModelFolder:
                 identity=record.get("identity") or {},
                 rows=record.get("num_rows") or {},
                 tokens=record.get("num_tokens") or {},
-                results=record.get("results") or [],
+                results=own_results(record),
+                purpose=self.trained.config.get("purpose"),
+                licences=self.trained.config.get("licences") or {},
                 parents=record.get("parents") or [],
                 packages=(record.get("environment") or {}).get("packages") or {},
                 checkpoint=self.trained.checkpoint.name,
@@ -162,3 +180,7 @@ def _python(target: Path, kind: str, package: str = "transformers", more: str = 
 
 def _shown(value: Any) -> str:
     return markdown(f"{value:.6g}" if isinstance(value, float) else value)
+
+
+def _interval(ends: list[float] | None) -> str:
+    return " – ".join(map(_shown, ends)) if ends else ""

@@ -22,6 +22,7 @@ from fine_tune.data.content import own_words
 from fine_tune.data.files import rows_of
 from fine_tune.data.parts import Part
 from fine_tune.errors import UserError
+from fine_tune.runs.openings import OPENINGS_FILE, read_openings
 
 SEALED = (
     "the test split is sealed while a model is trained; it is opened by test, and by fit --test_at_end true after the "
@@ -30,7 +31,6 @@ SEALED = (
 ROWS_FILE = (
     "rows.json"  # digests of the rows, to see which were opened before as part of another split
 )
-OPENINGS_FILE = "openings.jsonl"
 
 
 def row_digests(parts: Iterable[Part]) -> list[str]:
@@ -128,10 +128,7 @@ class SealedTest:
 
     def openings(self) -> list[dict[str, Any]]:
         """List what was noted of openings, oldest first."""
-        file = self.folder / OPENINGS_FILE
-        return (
-            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        )
+        return read_openings(self.folder)
 
     def rows_opened_before(self) -> int:
         """Count the rows of this split that were opened as part of another one."""

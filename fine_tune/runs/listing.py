@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fine_tune.errors import UserError
+from fine_tune.runs.openings import OPENINGS_FILE, TEST_SPLITS, read_openings
 from fine_tune.runs.results import own_results
 from fine_tune.runs.run_folder import LOGS, RECORD, RunFolder, status_of
 from fine_tune.runs.run_lock import is_owned
@@ -25,9 +26,9 @@ def list_runs(root: Path) -> tuple[list[Listed], list[str]]:
     Returns:
         One flat description per run: ``run``, ``status`` (running, finished, stopped, failed, killed, empty),
         ``resumable``, ``step``, ``num_steps``, ``model``, ``data``, ``monitor``, ``best``, ``test``,
-        ``test_openings`` (of its test split, over all runs that are still there; those of deleted runs are counted by
-        ``test`` alone, from the list beside the sealed split), ``started``, ``seconds``, ``path``; and a line for each
-        record that cannot be read.
+        ``test_openings`` (of its test split: by all runs that are still there, and those noted beside the sealed split,
+        where those of deleted runs and outside any run are), ``started``, ``seconds``, ``path``; and a line for each
+        record or list of openings that cannot be read.
     """
     problems: list[str] = []
     records = {}
@@ -36,24 +37,34 @@ def list_runs(root: Path) -> tuple[list[Listed], list[str]]:
             records[file.parent] = RunFolder(file.parent).read()
         except UserError as error:
             problems += error.problems
+    configs = {path: _config(path) for path in records}
     opened: dict[str, set[str]] = {}
+    splits: set[Path] = set()
     for path, record in records.items():
         try:
             _note_openings(record, opened)
+            splits |= _opened_splits(path, record, configs[path])
         except WRONG as error:
             problems.append(f"{path / RECORD}: its test openings are not counted: {error!r}")
+    for split in sorted(splits):
+        try:
+            _note_openings_beside(split, opened)
+        except (OSError, *WRONG) as error:
+            problems.append(f"{split / OPENINGS_FILE}: its openings are not counted: {error!r}")
     found = []
     for path, record in records.items():
         try:
-            found.append(_describe(path, record, opened))
+            found.append(_describe(path, record, configs[path], opened))
         except WRONG as error:
             problems.append(f"{path / RECORD}: the run's record is damaged: {error!r}")
     return sorted(found, key=lambda run: run["started"] or "", reverse=True), problems
 
 
-def _describe(path: Path, record: dict[str, Any], opened: dict[str, set[str]]) -> Listed:
+def _describe(
+    path: Path, record: dict[str, Any], config: dict[str, Any], opened: dict[str, set[str]]
+) -> Listed:
     run = RunFolder(path)
-    status, config = status_of(record, is_owned=is_owned(path)), _config(path)
+    status = status_of(record, is_owned=is_owned(path))
     tests = [result for result in own_results(record) if result["split"] == "test"]
     metrics = tests[-1]["metrics"] if tests else {}
     hashes = {opening.get("test_hash") for opening in record.get("test_openings", [])}
@@ -81,6 +92,20 @@ def _describe(path: Path, record: dict[str, Any], opened: dict[str, set[str]]) -
 def _note_openings(record: dict[str, Any], opened: dict[str, set[str]]) -> None:
     for opening in record.get("test_openings", []):
         opened.setdefault(str(opening.get("test_hash")), set()).add(str(opening.get("id")))
+
+
+def _opened_splits(path: Path, record: dict[str, Any], config: dict[str, Any]) -> set[Path]:
+    """Return the folders of the test splits that a run opened, which hold lists of all their openings."""
+    cache = _settings(config, "data").get("cache_dir")
+    hashes = {str(opening.get("test_hash")) for opening in record.get("test_openings", [])}
+    if not cache or not hashes:
+        return set()
+    place = Path(RunFolder(path).directory, str(cache), TEST_SPLITS)
+    return {place / of_split for of_split in hashes}
+
+
+def _note_openings_beside(split: Path, opened: dict[str, set[str]]) -> None:
+    opened[split.name] |= {str(opening["id"]) for opening in read_openings(split)}
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from harness import CommandLine, Outcome
+from harness import CommandLine, Outcome, write_rows
 from huggingface_hub import constants
 from huggingface_hub._local_folder import write_download_metadata
 from lora_runs import SIZES, TOKENS, save_model, save_quantized
@@ -347,6 +347,26 @@ def test_an_exported_adapter_opens_in_peft(
     assert named.code == 0 and "a\\x1b[31m" in named.out and "\x1b" not in named.out
 
 
+@pytest.mark.parametrize(("rank", "flag"), [("16", ""), ("17", "--max-lora-rank 32 ")])
+def test_vllm_is_given_the_checkpoint_of_a_base_run_and_room_for_the_rank(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: str,
+    flag: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = command_line("fit", *fit_args, "--trainer.max_steps", "1", "--name", "base").run("base")
+    named, lora = base.path.relative_to(tmp_path), ["--model.lora.r", rank]
+    run = trained(command_line, fit_args, named, "--trainer.max_steps", "1", lora=lora)
+    exported = command_line("export", run)
+    assert exported.code == 0, exported.err
+    serve = re.search(r"vllm serve (\S+) --enable-lora (.*)--lora-modules", exported.out)
+    assert serve is not None and serve[2] == flag
+    assert Path(serve[1]) == base.checkpoint("best") and (Path(serve[1]) / "config.json").is_file()
+
+
 def test_a_folder_that_reads_like_a_name_of_the_hub_is_none_wherever_it_is_exported_from(
     command_line: CommandLine,
     fit_args: list[str],
@@ -375,6 +395,30 @@ def test_full_weights_are_exported_and_have_nothing_to_merge(
     ours = AutoModelForCausalLM.from_pretrained(run / "exported")
     theirs = AutoModelForCausalLM.from_pretrained(next(run.glob("checkpoints/epoch*")))
     assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_the_card_tells_the_runs_own_results_with_rows_intervals_licences_and_purpose(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    train = fit_args[fit_args.index("--data.path") + 1]
+    more = ["--trainer.max_steps", "1", "--test_at_end", "true", "--purpose", "sums | of two"]
+    more += ["--licences", json.dumps({train: "CC-BY-4.0", "all": "MIT"})]
+    run = command_line("fit", *fit_args, *more).run()
+    rows = [{"question": f"Ibu kota ke-{i}?", "answer": "Jakarta"} for i in range(7)]
+    paths = {"train": train, "test": str(write_rows(tmp_path / "other.jsonl", rows))}
+    command = ["test", "--config", run.path / "config.yaml", "--ckpt_path", "best"]
+    tested = command_line(*command, "--data.path", json.dumps(paths), root=False)
+    assert tested.code == 0, tested.err
+    own, others = run.read()["results"][-2:]
+    assert others["num_rows"] == 7 and others["metrics"]["test/loss"] != own["metrics"]["test/loss"]
+    assert command_line("export", run.path).code == 0
+    card = (run.path / "exported" / "README.md").read_text()
+    (loss,) = [line for line in card.splitlines() if "| test/loss |" in line]
+    low, high = own["intervals"]["test/loss"]
+    value = own["metrics"]["test/loss"]
+    assert loss.endswith(f"| {own['num_rows']} | {value:.6g} | {low:.6g} – {high:.6g} |")
+    assert "Purpose: sums \\| of two" in card
+    assert f"* Licence of {train}: CC-BY-4.0" in card and "* Licence of all other data: MIT" in card
 
 
 @pytest.mark.parametrize(

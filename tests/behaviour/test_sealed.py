@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fine_tune.data import SFTData
 from fine_tune.errors import UserError
+from fine_tune.runs.run_folder import run_of
 
 
 class AsksForTestRows(Callback):
@@ -32,6 +33,50 @@ class AsksForTestRows(Callback):
             data.setup("test")
         else:
             trainer.test(pl_module, datamodule=data)
+
+
+def damage(checkpoint: Path | None) -> None:
+    assert checkpoint is not None
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def noted_openings(root: Path) -> list[Path]:
+    return list(root.glob("lightning_logs/.cache/test_splits/*/openings.jsonl"))
+
+
+class DamagesTheBest(Callback):
+    """Cuts the best checkpoint short once it is validated: it is whole until fit tests it."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            damage(run_of(trainer).checkpoint("best"))
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_test_of_a_damaged_checkpoint_opens_nothing(
+    command_line: CommandLine, fit_args: list[str], by_path: bool
+) -> None:
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "1").run()
+    best = run.checkpoint("best")
+    damage(best)
+    which = ["--ckpt_path", best if by_path else "best"]
+    outcome = command_line("test", "--config", run.path / "config.yaml", *which, root=False)
+    assert outcome.code == 2 and "is damaged" in outcome.err
+    assert "test_openings" not in run.read() and noted_openings(outcome.root) == []
+
+
+def test_a_fit_whose_best_checkpoint_is_damaged_tests_nothing(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    end = ["--trainer.callbacks+=test_sealed.DamagesTheBest", "--test_at_end", "true"]
+    outcome = command_line("fit", *fit_args, "--trainer.max_steps", "1", *end)
+    assert outcome.code == 2 and "is damaged" in outcome.err
+    assert "test_openings" not in outcome.run().read() and noted_openings(outcome.root) == []
+    again = ["--config", outcome.run().path / "config.yaml", "--ckpt_path", "last"]
+    finished = command_line("fit", *again, root=False)
+    assert finished.code == 2 and "is damaged" in finished.err
+    assert noted_openings(outcome.root) == []
 
 
 @pytest.mark.parametrize("test_at_end", ["false", "true"])
@@ -213,6 +258,8 @@ def test_an_opening_outside_a_run_is_told_by_the_next_one(
     assert looked.code == 0, looked.err
     tested = command_line("test", *verb, root=False)
     assert "opened for the 2nd time" in tested.out and "outside a run" in tested.out
+    (listed,) = json.loads(command_line("runs", "--json", "--root", run.path.parents[2]).out)
+    assert listed["test_openings"] == 2
 
 
 def test_rows_handed_out_before_are_not_at_hand_while_a_model_is_trained(

@@ -1,6 +1,7 @@
 """``chat`` in a real terminal: a conversation with every command, a comparison, Ctrl-C in the middle of an answer."""
 
 import json
+import os
 import random
 import shlex
 import shutil
@@ -259,8 +260,25 @@ def test_once_prints_the_answer_alone(
     assert missing.code == 2 and "no run 'nope'" in missing.err
     long = command_line("chat", "What is the capital of Indonesia? " * 20, "--root", tmp_path)
     assert long.code == 2 and "no run 'What is the capital" in long.err
+    half = command_line("chat", talker, *args[:-1], "\ud800")
+    assert half.code == 2 and "error: the question: half a character (\\ud800)" in half.err
     wrong = command_line("chat", talker, "--temperature", "-1", "--once", "a")
     assert wrong.code == 2 and "temperature: must be 0 or above" in wrong.err
+
+
+@pytest.mark.parametrize("coding", ["utf-8:strict", "utf-8:surrogateescape"])
+def test_bytes_that_are_no_text_are_refused(talker: Path, coding: str) -> None:
+    """Whatever Python makes of them, which the locale decides."""
+    outcome = subprocess.run(
+        [sys.executable, "-m", "fine_tune", "chat", str(talker), "--max_new_tokens", "3"],
+        input=b"Berapa\nIbu kota \xff\n",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": coding},
+        capture_output=True,
+        check=False,
+    )
+    assert outcome.returncode == 2 and b"Traceback" not in outcome.stderr
+    assert b"error: the question: not UTF-8 (byte 0xff at 9); convert it" in outcome.stderr
+    assert outcome.stdout.count(b"\n") >= 1  # the question before it is answered
 
 
 def test_a_prompt_run_asks_each_question_alone_in_its_template(

@@ -100,14 +100,40 @@ def test_no_secret_reaches_the_run_folder(
     assert "purpose: with ***" in config.read_text()
 
 
+@pytest.mark.parametrize("secret", ["32-true", "lightning", "cosine"])
+def test_a_secret_that_is_also_a_setting_stops_no_run(
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    secret: str,
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", secret)
+    more = ["--trainer.precision", "32-true", "--model.lr_scheduler", "cosine"]
+    outcome = command_line("fit", *fit_args, *more, "--trainer.max_steps", "1")
+    assert outcome.code == 0, outcome.err
+    assert "holds the value of a secret environment variable; config.yaml has ***" in outcome.out
+    config = (outcome.run().path / "config.yaml").read_text()
+    assert "***" in config and f": {secret}" not in config
+
+
 @pytest.mark.parametrize(
     ("name", "is_secret"),
     [
         *(
             (name, True)
-            for name in ("HF_TOKEN", "WANDB_API_KEY", "APIKEY2", "DB_PASSWD", "MY_KEYS")
+            for name in (
+                "HF_TOKEN",
+                "WANDB_API_KEY",
+                "APIKEY2",
+                "DB_PASSWD",
+                "MY_KEYS",
+                "APIKEY",
+                "S3KEY",
+            )
         ),
+        *((name, True) for name in ("key", "GITHUB_PAT_TOKEN", "PGPASSWORD", "SNAPSHOTKEY")),
         *((name, False) for name in ("TOKENIZER", "TOKENIZERS_PARALLELISM", "KEYBOARD_LAYOUT")),
+        *((name, False) for name in ("MONKEY", "HOTKEY", "DONKEYS", "MY_MONKEY")),
     ],
 )
 def test_a_name_that_only_begins_like_a_secrets_is_none(

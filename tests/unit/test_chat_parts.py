@@ -80,6 +80,27 @@ def test_a_question_that_does_not_fit_alone_is_refused() -> None:
         of.prompt(ask(of, "a" * 90), 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("kota \udcff", "not UTF-8 (byte 0xff at 5); convert it"),
+        ("kota \ud800", "half a character (\\ud800), which no text can hold"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["messages", "prompt"])
+def test_a_question_that_is_no_text_is_refused(kind: str, text: str, told: str) -> None:
+    of = session(kind=kind)
+    with pytest.raises(UserError) as refused:
+        of.prompt(ask(of, text), 0)
+    assert str(refused.value) == f"the question: {told}"
+
+
+def test_a_system_message_that_is_no_text_is_refused() -> None:
+    of = session()
+    of.set_system("short")
+    assert "half a character" in of.set_system("\ud800") and of.system == "short"
+
+
 def test_a_prompt_run_asks_each_question_alone() -> None:
     of = session(kind="prompt")
     ask(of, "first", "answer")
@@ -107,6 +128,7 @@ def test_a_conversation_is_saved_as_messages_and_never_over_a_file(tmp_path: Pat
     assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 2]
     assert "exists already" in of.save(str(file))
     assert "cannot be written" in of.save(str(tmp_path / "no" / "chat.jsonl"))
+    assert "cannot be written" in of.save("~nosuchuser/chat.jsonl")
     assert of.undo() == "taken back: two" and len(of.exchanges) == 1
 
 

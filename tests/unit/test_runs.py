@@ -92,6 +92,29 @@ def test_openings_of_a_test_split_are_counted_over_all_runs(
     assert found["empty/version_0"] == 0
 
 
+def test_openings_outside_the_listed_runs_are_counted_from_the_list_beside_the_split(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = root / "lightning_logs" / "done" / "version_0"
+    record = {**RunFolder(run).read(), "commands": [{"directory": str(root)}]}
+    (run / "run.json").write_text(json.dumps(record))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"]["cache_dir"] = "cache"  # from where the command was typed
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    beside = root / "cache" / "test_splits" / "x" / "openings.jsonl"
+    beside.parent.mkdir(parents=True)
+    noted = [{"id": i, "test_hash": "x"} for i in ("a", "of a deleted run", "of a deleted run")]
+    beside.write_text("".join(json.dumps(opening) + "\n" for opening in noted))
+    found = {run["run"]: run["test_openings"] for run in listed(root, capsys)}
+    assert found["done/version_0"] == found["killed/version_0"] == 4
+    beside.write_text('{"id": ')
+    assert main(["runs", "--json", "--root", str(root)]) == 0
+    said = capsys.readouterr()
+    found = {run["run"]: run["test_openings"] for run in json.loads(said.out)}
+    assert found["done/version_0"] == 3
+    assert f"{beside}: its openings are not counted" in said.err
+
+
 def test_runs_are_filtered_and_sorted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [run["run"] for run in listed(root, capsys, "--filter", "status=k*")] == [
         "killed/version_0"
