@@ -46,12 +46,13 @@ class FineTuneCLI(FolderCLI):
             if self.stop.agreed(self.trainer):
                 raise Stopped(self.stop.signum)
         seconds = time.monotonic() - start
-        self._measure_best(measured)
+        splits = self._measure_best(measured)
         if self.trainer.is_global_zero:
             targets = dict(self.settings.targets)
-            told = summary.reached(self.run_folder, targets)
-            if not self._is_finished:
-                told = summary.end_of_fit(self.run_folder, seconds, targets)
+            told = summary.end_of_fit(self.run_folder, seconds, targets)
+            if self._is_finished:
+                told = summary.evaluation(self.run_folder) if splits else []
+                told += summary.reached(self.run_folder, targets)
             for line in told:
                 log.info(line)
 
@@ -63,22 +64,27 @@ class FineTuneCLI(FolderCLI):
         tests = [r for r in results if r["split"] == "test"]
         return {r["split"] for r in (*of_best, *tests)}
 
-    def _measure_best(self, measured: set[str]) -> None:
-        """Measure the best weights on the validation split, and on the test split if asked to."""
+    def _measure_best(self, measured: set[str]) -> list[str]:
+        """Measure the best weights on the validation split, and on the test split if asked to; return on which."""
         best = self.trainer.strategy.broadcast(self.run_folder.checkpoint("best"))
+        done = self.trainer.strategy.broadcast(self.run_folder.read().get("status") == "finished")
+        splits = [
+            s for s in ("validation", "test") if s in self.plan.num_rows and s not in measured
+        ]
+        if not self.settings.test_at_end or not done:
+            splits = [split for split in splits if split != "test"]
+        if self.settings.test_at_end and not done:
+            log.info("the test split stays sealed: the run stopped before its last step")
         if best is None:
-            return
+            return []
         given: dict[str, Any] = {"ckpt_path": str(best.resolve()), "verbose": False}
         given["datamodule"] = self.datamodule
-        if "validation" in self.plan.num_rows and "validation" not in measured:
+        if "validation" in splits:
             self.trainer.validate(self.model, **given)
-        if not self.settings.test_at_end or "test" in measured:
-            return
-        if self.trainer.strategy.broadcast(self.run_folder.read().get("status") == "finished"):
+        if "test" in splits:
             begin_check(best.resolve(), at_once=True)  # a damaged one opens no test split
             self.trainer.test(self.model, **given)
-        else:
-            log.info("the test split stays sealed: the run stopped before its last step")
+        return splits
 
     def _from_whole_checkpoint(self, start: Callable[[], None]) -> None:
         """Start from the checkpoint asked for; one that proves damaged while it is read is passed over."""
