@@ -123,6 +123,7 @@ def test_the_state_of_bitsandbytes_optimizers_is_planned(
         assert planned.optimizer == taken(run, way, batch, 4, "32-true")["optimizer"], way
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_planned_from_shallow_ones(fit_args: list[str], tmp_path: Path) -> None:
     deep = tmp_path / "deep"
     save_small_model(deep, **{**SIZES, "num_hidden_layers": 12})

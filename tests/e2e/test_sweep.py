@@ -100,6 +100,7 @@ def test_a_killed_sweep_goes_on_with_its_own_runs(fit_args: list[str], tmp_path:
     assert [s["from_step"] for s in second_run.read()["starts"]][-1] >= step  # went on, not anew
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_workers_share_the_trials(fit_args: list[str], tmp_path: Path) -> None:
     file = sweep_file(tmp_path, "[1e-3, 2e-3, 3e-3, 4e-3]")
@@ -156,6 +157,7 @@ def test_a_stopped_sweep_says_so_and_a_half_measured_run_is_measured(
     assert [r["split"] for r in run.read()["results"]] == ["validation"]
 
 
+@pytest.mark.slow
 def test_seeds_are_told_apart_and_the_winner_alone_is_tested(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path
 ) -> None:

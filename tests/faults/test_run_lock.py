@@ -34,7 +34,7 @@ def test_a_second_process_on_a_run_folder_is_refused_and_the_first_goes_on(
 ) -> None:
     args = [*fit_args, "--checkpoint.every", "2"]
     straight = command_line("fit", *args, "--name", "straight")
-    process = start([*args, *SLOW, "--trainer.callbacks.seconds", "0.5"], tmp_path)
+    process = start([*args, *SLOW, "--trainer.callbacks.seconds", "1.5"], tmp_path)
     run = straight.run("run")
     wait_for_step(run, 2)
     config = run.path / "config.yaml"

@@ -61,6 +61,7 @@ def test_a_sigkill_at_any_of_twenty_steps_changes_nothing(
     random_kills(fit_args, tmp_path, range(20))
 
 
+@pytest.mark.slow
 def test_six_kills_in_one_run_change_nothing(fit_args: list[str], tmp_path: Path) -> None:
     kills = list(range(2, 8))  # the save of that very step is lost: every cycle wins one step
     args = [*fit_args, "--trainer.max_steps", "8"]
