@@ -161,4 +161,6 @@ def wilson_interval(share: Tensor, count: Tensor, z: float = Z_95) -> tuple[Tens
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     spread = z / (1 + z**2 / count)
     spread = spread * torch.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return middle - spread, middle + spread
+    return (middle - spread).clamp(min=0), (middle + spread).clamp(
+        max=1
+    )  # rounding is all there is beyond

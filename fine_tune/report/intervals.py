@@ -11,4 +11,4 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     spread = z / (1 + z**2 / count)
     spread *= math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return middle - spread, middle + spread
+    return max(0.0, middle - spread), min(1.0, middle + spread)  # rounding is all there is beyond

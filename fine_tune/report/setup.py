@@ -209,9 +209,14 @@ def environment(run: RunRecord, words: Words) -> list[tuple[str, str]]:
         (words("python"), _shown(env.get("python"), words)),
         (words("platform"), _shown(env.get("platform"), words)),
         (words("packages"), ", ".join(f"{n} {v}" for n, v in versions.items()) or words("unknown")),
-        (words("commit"), _shown(env.get("git_commit"), words)),
+        (words("commit"), _commit(env, words)),
     ]  # fmt: skip
     return pairs
+
+
+def _commit(env: dict[str, Any], words: Words) -> str:
+    shown = _shown(env.get("git_commit"), words)
+    return words("commit_dirty", commit=shown) if env.get("git_dirty") else shown
 
 
 def _device(name: str, words: Words) -> str:

@@ -48,3 +48,11 @@ def test_a_share_between_validations_says_of_what_and_how_many_steps(
     (tmp_path / "run.json").write_text(json.dumps({"steps_per_epoch": per_epoch}))
     facts = ReportPage(write_report(tmp_path)).parts["setup"].facts
     assert facts["Validation interval"] == shown
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_code_that_was_not_committed_is_told(tmp_path: Path, dirty: bool) -> None:
+    environment = {"git_commit": "abc123", **({"git_dirty": True} if dirty else {})}
+    (tmp_path / "run.json").write_text(json.dumps({"environment": environment}))
+    shown = ReportPage(write_report(tmp_path)).parts["setup"].facts["Git commit"]
+    assert shown == ("abc123, with changes that were not committed" if dirty else "abc123")

@@ -60,6 +60,12 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(lambda c, r: function(c, r, beta=0.3), (at, at.detach() - 1.0))
 
 
+def test_wilson_intervals_of_none_and_of_all_stay_shares() -> None:
+    counts = torch.arange(1, 200, dtype=torch.float64)
+    assert (wilson_interval(torch.zeros_like(counts), counts)[0] >= 0).all()
+    assert (wilson_interval(torch.ones_like(counts), counts)[1] <= 1).all()
+
+
 def test_wilson_interval_of_8_of_10() -> None:
     low, high = wilson_interval(torch.tensor(0.8), torch.tensor(10))
     assert (float(low), float(high)) == pytest.approx((0.490, 0.943), abs=1e-3)

@@ -236,6 +236,8 @@ def test_marks_of_one_kind_are_few_with_the_first_and_the_last() -> None:
 
 def test_wilson_of_9_in_10() -> None:
     assert wilson(0.9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+    for count in range(1, 200):
+        assert wilson(0.0, count)[0] >= 0 and wilson(1.0, count)[1] <= 1
 
 
 def test_the_table_keeps_to_a_hundred_rows_at_whole_logging_intervals() -> None:
