@@ -26,6 +26,7 @@ from fine_tune.runs.places import (
     RUN_VARIABLE,
     is_first_process,
 )
+from fine_tune.runs.results import own_results
 from fine_tune.settings_cli import run_cli
 
 log = logging.getLogger("fine_tune")
@@ -51,18 +52,15 @@ class FineTuneCLI(FolderCLI):
             targets = dict(self.settings.targets)
             told = summary.end_of_fit(self.run_folder, seconds, targets)
             if self._is_finished:
-                told = summary.evaluation(self.run_folder) if splits else []
+                told = summary.evaluation(self.run_folder, len(splits)) if splits else []
                 told += summary.reached(self.run_folder, targets)
             for line in told:
                 log.info(line)
 
     def _measured_splits(self) -> set[str]:
         """Name the splits that a finished run has results of: a kill may have come before the best was validated."""
-        best, record = self.run_folder.checkpoint("best"), self.run_folder.read()
-        results = record.get("results", [])
-        of_best = [r for r in results if best is None or r.get("checkpoint") == best.name]
-        tests = [r for r in results if r["split"] == "test"]
-        return {r["split"] for r in (*of_best, *tests)}
+        best, results = self.run_folder.checkpoint("best"), own_results(self.run_folder.read())
+        return {r["split"] for r in results if best is None or r.get("checkpoint") == best.name}
 
     def _measure_best(self, measured: set[str]) -> list[str]:
         """Measure the best weights on the validation split, and on the test split if asked to; return on which."""
@@ -116,7 +114,9 @@ class FineTuneCLI(FolderCLI):
     def _go_back(self, reason: str) -> None:
         """Begin again from the newest checkpoint of this run that is whole."""
         taken, self._goes_back = self.trainer.global_step, True
-        self.trainer.strategy.barrier()  # until the first process has written the last of them
+        # the first process has written the last of them by now; others may not know which version it took
+        self._run = self.trainer.strategy.broadcast(self._run)
+        os.environ[RUN_VARIABLE] = str(self.run_folder.path)
         try:
             self.instantiate_classes()
         except UserError as error:

@@ -158,7 +158,8 @@ class FolderCLI(SettingsCLI):
         config = self.run_folder.path / "config.yaml"
         if self.changes and config.is_file():  # the run's own config goes on with the run
             earlier = config.with_name(f"config_until_step_{self.place.step}.yaml")
-            earlier.write_bytes(config.read_bytes())
+            if not earlier.exists():  # a run that goes back comes here again
+                earlier.write_bytes(config.read_bytes())
             save_config(self._parser("fit"), self.settings, config, ckpt_path=None)
         record_origin(
             self.run_folder,

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 
 from fine_tune import summary
 from fine_tune.callbacks.stop_signals import Stopped
+from fine_tune.callbacks.test_openings import TestOpenings
 from fine_tune.errors import in_brief
 from fine_tune.exits import user_error_behind
 from fine_tune.runs import slurm
@@ -31,7 +32,9 @@ def write_report(run: RunFolder, language: Literal["en", "id"] | None) -> None:
 
 def say_stopped(run: RunFolder, verb: str, stopped: Stopped, trainer: Trainer | None) -> None:
     """Say how to go on after a signal; ask SLURM for a requeue where that was its signal."""
-    for line in summary.stopped(run, verb, str(stopped)):
+    callbacks = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+    opened = any(isinstance(c, TestOpenings) and c.has_opened for c in callbacks)
+    for line in summary.stopped(run, verb, str(stopped), opened=opened):
         log.info(line)
     ended = run.read().get("status") == "finished"
     if stopped.asks_for_requeue and verb == "fit" and not ended and trainer is not None:

@@ -64,9 +64,7 @@ def end_of_fit(run: RunFolder, seconds: float, targets: dict[str, float]) -> lis
         lines[-1] += f", {of_step * step:,.0f} tokens"
         lines[-1] += f", {of_step * timed / record['seconds']:,.0f} tokens/s" if timed else ""
     if record.get("status") == "finished" and step < num_steps:
-        lines.append(
-            f"early stopping ended it: {record.get('monitor', 'val/loss')} no longer improved"
-        )
+        lines.append("early stopping ended it: the metric it watches no longer improved")
     for result in record.get("results", [])[-2:]:
         shown = "  ".join(
             f"{name} {value:.4g}"
@@ -102,11 +100,19 @@ def _uses(run: RunFolder, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def stopped(run: RunFolder, verb: str, signal: str) -> list[str]:
-    """Lines that say what a signal left, and the command that goes on from there."""
+def stopped(run: RunFolder, verb: str, signal: str, *, opened: bool = False) -> list[str]:
+    """Lines that say what a signal left, and the command that goes on from there.
+
+    Args:
+        run: The run.
+        verb: What was going on.
+        signal: Its name.
+        opened: Whether the test split had been opened.
+    """
     record, last = run.read(), run.checkpoint("last")
     if verb != "fit":
-        return [f"stopped by {signal}: no result of this {verb} was kept{_counted(record, verb)}"]
+        counted = "; its opening of the test split counts" if opened else ""
+        return [f"stopped by {signal}: no result of this {verb} was kept{counted}"]
     if last is None:
         return [f"stopped by {signal} before anything was saved", resume(run)]
     where = f"step {record.get('step', 0):,} of {record.get('num_steps', 0):,}"
@@ -117,12 +123,6 @@ def stopped(run: RunFolder, verb: str, signal: str) -> list[str]:
             f"next: python -m fine_tune validate --config {_config(run)} --ckpt_path best",
         ]
     return [f"stopped by {signal} at {where}; saved: {last}", resume(run)]
-
-
-def _counted(record: dict[str, Any], verb: str) -> str:
-    """Say that a test that was broken off had opened its split."""
-    without = [o for o in record.get("test_openings", []) if not o.get("result")]
-    return "; its opening of the test split counts" if verb == "test" and without else ""
 
 
 def resume(run: RunFolder) -> str:
@@ -145,15 +145,16 @@ def reached(run: RunFolder, targets: dict[str, float]) -> list[str]:
     return lines
 
 
-def evaluation(run: RunFolder) -> list[str]:
-    """Lines that give the newest result of validate or test."""
-    result = run.read()["results"][-1]
-    lines = [f"{result['split']} of {result['checkpoint'] or 'the model as configured'}:"]
-    lines += [
-        f"  {name} {value:.6g}"
-        for name, value in sorted(result["metrics"].items())
-        if _is_of(name, result)
-    ]
+def evaluation(run: RunFolder, count: int = 1) -> list[str]:
+    """Lines that give the newest results of validate or test."""
+    lines = []
+    for result in run.read()["results"][-count:]:
+        lines.append(f"{result['split']} of {result['checkpoint'] or 'the model as configured'}:")
+        lines += [
+            f"  {name} {value:.6g}"
+            for name, value in sorted(result["metrics"].items())
+            if _is_of(name, result)
+        ]
     return [*lines, f"kept in {run.path / 'run.json'}"]
 
 

@@ -44,6 +44,7 @@ class RunRecord(Callback):
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
         self._start = 0.0
+        self._has_begun = False  # whether the last of the record's starts is this one
         self._energy: EnergyMeter | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,6 +72,8 @@ class RunRecord(Callback):
                     "slurm_job": slurm.job_id(),
                 }
             )
+
+            self._has_begun = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopped_early = any(
@@ -111,7 +114,7 @@ class RunRecord(Callback):
             taken_now = time.monotonic() - self._start
             facts: dict[str, Any] = {"status": status, "step": trainer.global_step}
             facts["seconds"] = round(known.get("seconds", 0.0) + taken_now, 3)
-            if starts := known.get("starts", []):
+            if self._has_begun and (starts := known.get("starts", [])):
                 ended = {"to_step": trainer.global_step, "seconds": round(taken_now, 3)}
                 facts["starts"] = [*starts[:-1], {**starts[-1], **ended}]
             used = self._energy.watt_hours() if self._energy is not None else None

@@ -26,6 +26,11 @@ class TestOpenings(Callback):
     def __init__(self) -> None:
         self._opening: dict[str, Any] = {}
 
+    @property
+    def has_opened(self) -> bool:
+        """Whether the test split was opened in this process."""
+        return bool(self._opening)
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say by which run it was opened, before anything is measured."""
         sealed = data_of(trainer).sealed_test

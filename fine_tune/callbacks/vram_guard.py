@@ -11,6 +11,7 @@ from fine_tune.batches import StepFailure, log_interval, most_tokens_at_once, pl
 from fine_tune.callbacks.rehearsal import circumstances, rehearse
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.errors import RunStopped, UserError
+from fine_tune.ranks import any_rank
 from fine_tune.runs.run_folder import run_of
 
 log = logging.getLogger("fine_tune")
@@ -87,7 +88,8 @@ class VRAMGuard(Callback):
             log.info("micro-batches: %s tokens, cut earlier in this run", f"{self._budget:,}")
         pl_module.keeps_state = self.memory.can_run_out and _is_adapter(pl_module)
         now = circumstances(trainer, pl_module, self.memory)
-        if self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps:
+        changed = self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps
+        if any_rank(changed, pl_module.device, trainer.world_size):  # together: devices may differ
             rehearsed = rehearse(trainer, pl_module, self.memory)
             for line in rehearsed.lines:
                 log.info(line)
@@ -138,7 +140,7 @@ class VRAMGuard(Callback):
         """Stay at a budget that was cut, unless the one it was cut from, or the device, is another now."""
         if self._budget is None:
             return
-        if self._cut_from != self._cuts_from(trainer):
+        if self._cut_from not in (None, self._cuts_from(trainer)):  # None: by an older version
             log.info(
                 "micro-batches: the cut to %s tokens was of another budget or device",
                 f"{self._budget:,}",

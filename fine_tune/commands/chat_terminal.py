@@ -54,6 +54,10 @@ class Terminal:
     def __init__(self, session: Session, *, compare: bool) -> None:
         self.session, self.compare = session, compare
         self.interrupts = Interrupts()
+        if sys.stdin is None:
+            raise UserError(
+                "chat: there is no standard input to read questions from; give one by --once"
+            )
         self.is_interactive = sys.stdin.isatty()
         self.console = Console(highlight=False, markup=False)
 
@@ -245,6 +249,6 @@ def _line_editing() -> None:
 
 
 def _keep_any_byte() -> None:
-    """Let a line with a byte that is not UTF-8 come through, to be refused alone; most locales would end the chat."""
+    """Let a line with a byte that is not UTF-8 come through, to be refused by name; most locales would raise."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")

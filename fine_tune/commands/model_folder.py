@@ -19,6 +19,7 @@ from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.errors import UserError
 from fine_tune.model_config import adapter_base
 from fine_tune.report.inert import markdown
+from fine_tune.report.intervals import wilson
 from fine_tune.runs.checkpoint import global_step
 from fine_tune.runs.disk import format_bytes, free_bytes, full_reason
 from fine_tune.runs.lineage import ORIGIN_FILE, parent_of, to_share
@@ -112,10 +113,11 @@ class ModelFolder:
         there = Path(self.trained.directory, base)
         base = str(there) if there.exists() else base
         lora = saved_lora(self.trained.checkpoint)
-        largest = max([lora.r, *(lora.rank_pattern or {}).values()])
-        room = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+        if lora.use_dora or lora.rank_pattern or lora.alpha_pattern:
+            return []  # vLLM serves no such adapter; merged, it does
+        room = next((rank for rank in VLLM_RANKS if rank >= lora.r), None)
         if room is None:
-            return []  # vLLM takes no such adapter; merged, it does
+            return []
         more = f" --max-lora-rank {room}" if room > VLLM_RANKS[0] else ""
         served = f"{shlex.quote(base)} --enable-lora{more} --lora-modules tuned={place}"
         return [f"vllm:         vllm serve {served}"]
@@ -142,7 +144,7 @@ class ModelFolder:
         environment = jinja2.Environment(
             undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
         )
-        environment.filters["shown"], environment.filters["interval"] = _shown, _interval
+        environment.filters["shown"], environment.globals["interval"] = _shown, _interval
         try:
             return environment.from_string(TEMPLATE.read_text("utf-8")).render(
                 name=run.name,
@@ -182,5 +184,8 @@ def _shown(value: Any) -> str:
     return markdown(f"{value:.6g}" if isinstance(value, float) else value)
 
 
-def _interval(ends: list[float] | None) -> str:
+def _interval(result: dict[str, Any], metric: str) -> str:
+    counted = (result.get("counted") or {}).get(metric)
+    ends = wilson(counted[0] / counted[1], counted[1]) if counted and counted[1] else None
+    ends = ends or (result.get("intervals") or {}).get(metric)
     return " – ".join(map(_shown, ends)) if ends else ""

@@ -27,11 +27,10 @@ Tone = Literal["good", "bad", "note"]
 LATE = 0.8  # from here on a run is late
 SIGMAS = 3.0
 OF_LEVEL, OF_FALL = 0.01, 0.02  # smaller changes of a loss are none: of its value, of all it fell
-OF_LEFT, OF_FALL_LEFT = (
-    0.05,
-    0.001,
-)  # but of little loss that is left, this share of it is one, above this of the fall
-OF_LEVEL_UNKNOWN = 0.05  # of its value, where few evaluations leave its noise unknown
+OF_LEFT = 0.05  # but this share of what is left is a change, unless that is next to nothing:
+NEXT_TO_NOTHING = 0.005  # of all it fell
+OF_LEVEL_UNKNOWN = 0.05  # of its value, where few evaluations leave its noise unknown,
+FEWEST_RISES = 4  # unless it rises so often in a row
 OF_FALL_RISEN = 0.2  # of all that training won and lost again: it diverged
 OF_LEVEL_RISEN = 0.2  # of the first loss, by which all of the last ones lie above it
 STEADY_GROWTH, STEADY_PEAK = 3.0, 10.0
@@ -171,16 +170,20 @@ def overfitting(train: Curve, validation: Curve) -> Finding | None:
     numbers |= {"step": int(validation.steps[best]), "end": int(validation.steps[-1])}
     limit = max(
         (SIGMAS + luck(len(validation))) * late_noise(validation),
-        (OF_LEVEL if has_late_noise(validation) else OF_LEVEL_UNKNOWN) * abs(low),
-        _least(_fall(train, low), low),
+        _of_level(validation) * abs(low),
+        _least(_fall(train, low), low, low),
     )
+    since = np.diff(validation.values[np.flatnonzero(validation.values == low)[-1] :])
+    if not has_late_noise(validation) and len(since) >= FEWEST_RISES and (since > 0).all():
+        limit = OF_LEVEL * abs(low)
     then, now = (mean_until(train, int(validation.steps[i])) for i in (best, -1))
     if last - low <= limit or then is None or now is None:
         return None
     numbers |= {"rise": last - low, "limit": limit, "then": then, "now": now}
-    least = SIGMAS * training_noise(train) * math.sqrt(2 / window(train))
-    if not has_late_noise(train):  # the noise of all of it has the steep beginning in it
-        least = min(least, OF_LEVEL_UNKNOWN * abs(then))
+    # the noise of a curve that still falls steeply has its fall in it
+    least = min(
+        SIGMAS * training_noise(train) * math.sqrt(2 / window(train)), OF_LEVEL_UNKNOWN * abs(then)
+    )
     falls = then - now > least
     return Finding("overfitted" if falls else "worsened", "bad", numbers)
 
@@ -211,9 +214,19 @@ def improvement(train: Curve, validation: Curve) -> tuple[Verdict, Finding]:
     numbers: dict[str, float] = {"before": before, "last": now, "step": start}
     numbers |= {"end": int(curve.steps[-1]), "change": before - now}
     numbers["fall"] = _fall(train, now)
-    limit = max(SIGMAS * error, OF_LEVEL * abs(now), _least(numbers["fall"], before))
+    of_level = _of_level(curve) if which == "validation" else OF_LEVEL
+    limit = max(SIGMAS * error, of_level * abs(now), _least(numbers["fall"], before, now))
     if before - now > limit:
         return "improving", Finding(f"improving_{which}", "note", numbers)
+    best = int(curve.values.argmin())
+    rise = now - float(curve.values[best])
+    if which == "validation" and rise > OF_LEVEL * abs(now) and rise > SIGMAS * error:
+        risen: dict[str, float] = {
+            "best": float(curve.values[best]),
+            "step": int(curve.steps[best]),
+        }
+        risen |= {"rise": rise, "last": now, "end": int(curve.steps[-1]), "count": len(curve)}
+        return "unclear", Finding("rose_unsure", "note", risen)
     return "converged", Finding(f"converged_{which}", "good", {**numbers, "limit": limit})
 
 
@@ -293,9 +306,16 @@ def numerics(evidence: Evidence) -> Finding | None:
     return None
 
 
-def _least(fall: float, loss: float) -> float:
-    """Return the least change of a loss that counts beside all it fell; less where little loss is left."""
-    return max(min(OF_FALL * fall, OF_LEFT * abs(loss)), OF_FALL_LEFT * fall)
+def _of_level(validation: Curve) -> float:
+    """Return the least change that counts, as a share of the loss: more where its noise is not known."""
+    return OF_LEVEL if has_late_noise(validation) else OF_LEVEL_UNKNOWN
+
+
+def _least(fall: float, loss: float, left: float) -> float:
+    """Return the least change of a loss that counts beside all it fell; less while there is a loss left to lose."""
+    if abs(left) <= NEXT_TO_NOTHING * fall:
+        return OF_FALL * fall
+    return min(OF_FALL * fall, OF_LEFT * abs(loss))
 
 
 def _fall(train: Curve, low: float) -> float:

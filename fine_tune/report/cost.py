@@ -2,12 +2,12 @@
 
 import shlex
 import statistics
-from pathlib import Path
 
 from fine_tune.report.blocks import Block, Code, Facts, Section, Sentences
 from fine_tune.report.record import RunRecord, is_number
 from fine_tune.report.words import Words
 from fine_tune.runs.results import timed_steps
+from fine_tune.runs.run_folder import RunFolder
 
 PYTHON = "python -m fine_tune"
 
@@ -54,15 +54,21 @@ def _time(run: RunRecord, words: Words) -> str:
     seconds, starts = run.record.get("seconds"), len(run.record.get("starts", []))
     if not seconds:
         return words("unknown")
-    told, timed = words.seconds(seconds), sum(b - a for a, b in timed_steps(run.record))
+    told, timed = words.seconds(seconds), _count(timed_steps(run.record))
     if 0 < timed < run.step:
         return words("time_of_steps", time=told, timed=timed, steps=run.step)
     return told if starts < 2 else words("time_of_starts", time=told, count=starts)
 
 
+def _count(ranges: list[tuple[int, int]]) -> int:
+    """Count the steps in ranges, once where they overlap: those that a run went back over."""
+    return len({step for first, last in ranges for step in range(first, last)})
+
+
 def _evaluation_seconds(run: RunRecord) -> float | None:
     """Return what evaluations took of the time that is told."""
-    curve, timed = run.curve("perf/evaluation_seconds").finite(), timed_steps(run.record)
+    curve = run.curve("perf/evaluation_seconds").finite()
+    timed = timed_steps(run.record) or [(0, run.step)]
     known = [
         seconds
         for step, seconds in zip(curve.steps, curve.values, strict=True)
@@ -86,29 +92,22 @@ def peak_gib(run: RunRecord) -> float | None:
     return max((float(values.max()) for values in peaks if len(values)), default=None)
 
 
-def _directory(run: RunRecord) -> Path | None:
-    """Return where the run's commands were given: its settings may name files from there."""
-    given = [c.get("directory") for c in run.record.get("commands", []) if isinstance(c, dict)]
-    return Path(given[0]) if given and isinstance(given[0], str) else None
-
-
-def _going_there(run: RunRecord) -> str:
-    directory = _directory(run)
-    return f"cd {shlex.quote(str(directory))} && " if directory is not None else ""
-
-
-def _config(run: RunRecord) -> str:
-    config, directory = run.path / "config.yaml", _directory(run)
-    if directory is not None:
-        config = config.resolve()
-        config = config.relative_to(directory) if config.is_relative_to(directory) else config
-    return shlex.quote(str(config))
+def _command(run: RunRecord, verb: str) -> str:
+    """Write a command for the run's settings, begun where they were given: they may name files from there."""
+    config, directory = run.path / "config.yaml", RunFolder(run.path).known_directory(run.record)
+    if directory is None:
+        return f"{PYTHON} {verb} --config {shlex.quote(str(config))}"
+    config = config.resolve()
+    config = config.relative_to(directory) if config.is_relative_to(directory) else config
+    return (
+        f"cd {shlex.quote(str(directory))} && {PYTHON} {verb} --config {shlex.quote(str(config))}"
+    )
 
 
 def commands(run: RunRecord, words: Words) -> Section:
     """Give the commands that reproduce the run, go on with it, and test it; and those that made it."""
     blocks: list[Block] = []
-    fit = f"{_going_there(run)}{PYTHON} fit --config {_config(run)}"
+    fit = _command(run, "fit")
     if run.config:
         blocks.append(Code(words("reproduce"), [fit]))
     if run.config and run.record.get("last"):
@@ -120,8 +119,7 @@ def commands(run: RunRecord, words: Words) -> Section:
             else Code(words("resume"), [f"{fit} --ckpt_path last"])
         )
     if run.config and run.record.get("last") and "test" in run.record.get("num_rows", {}):
-        test = fit.replace(" fit ", " test ", 1)
-        blocks.append(Code(words("test_command"), [f"{test} --ckpt_path best"]))
+        blocks.append(Code(words("test_command"), [f"{_command(run, 'test')} --ckpt_path best"]))
     made = [
         f"cd {shlex.quote(str(entry.get('directory', '.')))} && {PYTHON} {shlex.join(map(str, entry['command']))}"
         for entry in run.record.get("commands", [])

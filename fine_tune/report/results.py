@@ -48,7 +48,8 @@ def unopened(run: RunRecord, words: Words) -> str:
     if splits and "test" not in splits:
         return words("test_no_split")
     own, _ = own_openings(run.record)
-    return words("test_no_result", count=own) if own else words("test_sealed")
+    key = "test_under_way" if run.is_owned else "test_no_result"
+    return words(key, count=own) if own else words("test_sealed")
 
 
 def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends | None, str]:
@@ -58,7 +59,7 @@ def interval_of(run: RunRecord, result: dict[str, Any], name: str) -> tuple[Ends
     if None in ends and isinstance(result.get("intervals"), dict):
         noted = result["intervals"].get(name)
         ends = tuple(noted) if isinstance(noted, list) and len(noted) == 2 else (None, None)
-    if all(isinstance(end, int | float) for end in ends):
+    if all(map(is_number, ends)):
         return (float(ends[0]), float(ends[1])), ""  # type: ignore[arg-type]
     counted = result.get("counted")
     pair = counted.get(name) if isinstance(counted, dict) else None

@@ -42,6 +42,8 @@ class Words:
             return str(value)
         if isinstance(value, float) and not math.isfinite(value):
             return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
+        if not abs(value) < 1e300:
+            return str(value)[:20] + "…"
         whole = isinstance(value, int) or (abs(value) >= 1000 and digits <= 4)
         text = f"{value:,.0f}" if whole else f"{value:.{digits}g}"
         return self.localized(text)

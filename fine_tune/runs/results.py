@@ -30,6 +30,11 @@ def timed_steps(record: Mapping[str, Any]) -> list[tuple[int, int]]:
     starts = record.get("starts", [])
     ends = [(start.get("from_step"), start.get("to_step")) for start in starts]
     known = [(a, b) for a, b in ends if isinstance(a, int) and isinstance(b, int)]
+    seconds = sum(float(start.get("seconds") or 0) for start in starts if "to_step" in start)
+    if (
+        known and float(record.get("seconds") or 0) > seconds + 1
+    ):  # of a start of an older version, too
+        return []
     if known or len(starts) > 1:
         return known
     return [(0, int(record.get("step", 0)))]  # of an older version's record

@@ -67,10 +67,18 @@ class RunFolder:
     @property
     def directory(self) -> Path:
         """Where the run's last command was typed; its config's relative paths start there. Here, if that is gone."""
-        commands = self.read().get("commands")
+        return self.known_directory(self.read()) or Path()
+
+    @staticmethod
+    def known_directory(record: Mapping[str, Any]) -> Path | None:
+        """Return where the last command of a record was typed, if that is known and still there."""
+        commands = record.get("commands")
         last = commands[-1] if isinstance(commands, list) and commands else None
-        directory = Path(str(last.get("directory", "."))) if isinstance(last, dict) else Path()
-        return directory if directory.is_dir() else Path()
+        named = last.get("directory") if isinstance(last, dict) else None
+        try:
+            return Path(named) if isinstance(named, str) and Path(named).is_dir() else None
+        except (OSError, ValueError):  # no name of a folder
+            return None
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Replace these entries of the record, atomically."""

@@ -365,6 +365,10 @@ def test_vllm_is_given_the_checkpoint_of_a_base_run_and_room_for_the_rank(
     serve = re.search(r"vllm serve (\S+) --enable-lora (.*)--lora-modules", exported.out)
     assert serve is not None and serve[2] == flag
     assert Path(serve[1]) == base.checkpoint("best") and (Path(serve[1]) / "config.json").is_file()
+    dora = ["--name", "dora", "--trainer.max_steps", "1"]
+    trained(command_line, fit_args, named, *dora, lora=[*lora, "--model.lora.use_dora", "true"])
+    exported = command_line("export", "dora", "--output", tmp_path / "exported")
+    assert exported.code == 0 and "vllm serve" not in exported.out  # which serves no such adapter
 
 
 def test_a_folder_that_reads_like_a_name_of_the_hub_is_none_wherever_it_is_exported_from(
@@ -402,6 +406,7 @@ def test_the_card_tells_the_runs_own_results_with_rows_intervals_licences_and_pu
 ) -> None:
     train = fit_args[fit_args.index("--data.path") + 1]
     more = ["--trainer.max_steps", "1", "--test_at_end", "true", "--purpose", "sums | of two"]
+    more += ["--generations.test_rows", "all"]
     more += ["--licences", json.dumps({train: "CC-BY-4.0", "all": "MIT"})]
     run = command_line("fit", *fit_args, *more).run()
     rows = [{"question": f"Ibu kota ke-{i}?", "answer": "Jakarta"} for i in range(7)]
@@ -417,6 +422,10 @@ def test_the_card_tells_the_runs_own_results_with_rows_intervals_licences_and_pu
     low, high = own["intervals"]["test/loss"]
     value = own["metrics"]["test/loss"]
     assert loss.endswith(f"| {own['num_rows']} | {value:.6g} | {low:.6g} – {high:.6g} |")
+    (exact,) = [line for line in card.splitlines() if "| test/exact_match |" in line]
+    assert re.search(rf"\| {own['num_rows']} \| [\d.]+ \| [\d.]+ – [\d.]+ \|$", exact)
+    (measured,) = [line for line in card.splitlines() if "| val/loss |" in line]
+    assert f"| {run.read()['num_rows']['validation']} |" in measured
     assert "Purpose: sums \\| of two" in card
     assert f"* Licence of {train}: CC-BY-4.0" in card and "* Licence of all other data: MIT" in card
 

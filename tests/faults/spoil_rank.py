@@ -16,7 +16,8 @@ class SpoilRank(Callback):
         rank: Which.
         step: The optimizer step, from 1.
         how: ``memory``; ``sum``: memory, for the sum of gradients; ``update``: memory, for the optimizer's first
-            update; ``nan`` while autocast is on; ``validation``: no row of any fits (``step`` is ignored).
+            update; ``nan`` while autocast is on; ``validation``: no row of any fits (``step`` is ignored);
+            ``weights``: on all ranks, a weight infinite after the fourth step in ``bf16-mixed``.
     """
 
     def __init__(self, rank: int = 1, step: int = 3, how: str = "memory") -> None:
@@ -38,8 +39,14 @@ class SpoilRank(Callback):
 
         setattr(owner, name, spoiled)
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        ruined = self.how == "weights" and trainer.global_step == 4
+        if ruined and pl_module.step_precision is None and trainer.precision == "bf16-mixed":
+            with torch.no_grad():
+                next(p for p in pl_module.parameters() if p.requires_grad).view(-1)[0] = torch.inf
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.how in ("update", "sum"):
+        if self.how in ("update", "sum", "weights"):
             return
         original = pl_module.loss_sums
 

@@ -240,6 +240,22 @@ def test_a_precision_that_the_run_went_back_for_stays_when_it_goes_on(
     assert_finite(resumed)
 
 
+def test_going_back_keeps_the_config_from_before_a_change(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*fit_args, *NO_REHEARSAL, "--checkpoint.every", "2"]
+    stop = ["--trainer.callbacks+=stop_at.StopAt", "--trainer.callbacks.step", "3"]
+    with pytest.raises(RuntimeError, match="a defect"):
+        command_line("fit", *args, *stop)
+    ruin_weights(monkeypatch, 4, lambda module: module.trainer.precision == "bf16-mixed")
+    changed = ["--trainer.precision", "bf16-mixed", "--ckpt_path", "last"]
+    resumed = command_line("fit", *args, *changed)
+    assert resumed.code == 0, resumed.err
+    assert "going back to epoch=0.40-step=2" in resumed.out
+    earlier = (resumed.run().path / "config_until_step_2.yaml").read_text()
+    assert "precision: 32-true" in earlier
+
+
 def test_a_lowered_precision_is_never_raised_again(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,8 @@ def test_an_allowed_change_takes_effect_and_is_recorded_with_its_step(
         "step": 5, "key": "model.optimizer.lr", "from": 1e-3, "to": 5e-4, "allowed_by": "--allow_changes",
     }  # fmt: skip
     settings = yaml.safe_load((run.path / "config.yaml").read_text())
+    earlier = yaml.safe_load((run.path / "config_until_step_5.yaml").read_text())
+    assert earlier["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3
     assert settings["allow_changes"] is False
     assert settings["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 5e-4
     again = command_line(

@@ -1,14 +1,17 @@
 """What happens to one rank of two never hangs the other, and changes nothing of the result."""
 
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from harness import CommandLine, fit_on_ranks
+from harness import REPOSITORY, CommandLine, fit_on_ranks
 from small_models import save_small_model
 
 from fine_tune.runs.row_losses import read_row_losses
+from fine_tune.runs.run_folder import RunFolder
 
 
 def two_ranks(tmp_path: Path, *args: str) -> str:
@@ -82,6 +85,33 @@ def test_a_rank_without_validation_rows_hangs_no_mixture_of_experts(
     last = outcome.metrics()[-1]
     assert float(last["val_experts/load_00"]) >= 1
     assert float(last["train_experts/load_00"]) >= 1
+
+
+@pytest.mark.slow
+def test_ranks_that_others_started_go_back_in_the_run_of_the_first(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    other = tmp_path / "lightning_logs" / "run" / "version_0"  # of the same name, and unfinished
+    (other / "checkpoints" / "epoch=1.00-step=4").mkdir(parents=True)
+    (other / "run.json").write_text('{"status": "failed", "last": "epoch=1.00-step=4"}')
+    ruin = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", "weights"]
+    args = [*fit_args, *ruin, "--trainer.precision", "bf16-mixed", "--checkpoint.every", "2"]
+    args += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    args += ["--trainer.default_root_dir", str(tmp_path), "--vram_guard.rehearse", "false"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "fine_tune", "fit", *args],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going back to epoch=0.40-step=2" in done.stdout
+    run = RunFolder(tmp_path / "lightning_logs" / "run" / "version_1")
+    assert run.read()["status"] == "finished"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -143,18 +143,42 @@ def test_what_is_left_of_a_loss_counts_beside_all_it_fell() -> None:
     train = 0.15 + 4.2 * np.exp(-0.12 * np.arange(39))  # from random weights
     found = verdict(train, [0.3376, 0.2278, 0.1615, 0.1511])
     assert (found.verdict, found.main.key) == ("improving", "improving_validation")
-    there = verdict(
-        0.004 + 4.2 * np.exp(-0.3 * np.arange(98)), [0.1, 0.02, 0.0065, 0.0061], every=24
-    )
-    assert there.verdict == "converged"  # 6 % of next to nothing
+    there = verdict(0.004 + 4.2 * np.exp(-0.3 * np.arange(98)), [0.3, 0.1, 0.017, 0.006], every=24)
+    assert there.verdict == "converged"  # next to nothing is left
 
 
-def test_overfitting_is_seen_in_few_steps_and_a_rise_of_unknown_noise_is_not_called_one() -> None:
-    early = [6.0, 3.5, 2.0, 1.2, 0.8, 0.5441, 0.42, 0.3658]
-    assert verdict(early, [3.0, 2.1, 2.25], every=3).verdict == "overfitted"
-    goes_on = noisy(np.full(30, 0.0049), 1e-5)
-    assert verdict(goes_on, [0.004909, 0.0049, 0.004962]).verdict != "worsened"
-    assert verdict(goes_on, [0.004909, 0.0049, 0.0058]).verdict == "worsened"
+SHORT = np.linspace(1.6, 0.7, 30)  # training loss of three epochs
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "stands"),
+    [
+        ([6.0, 3.5, 2.0, 1.2, 0.8, 0.5441, 0.42, 0.3658], [3.0, 2.1, 2.25], "overfitted"),
+        (SHORT, [1.45, 1.40, 1.46], "unclear"),  # one rise of 4 %: three evaluations cannot tell
+        (SHORT, [1.45, 1.40, 1.50], "overfitted"),
+        (SHORT, [1.30, 1.32, 1.33, 1.34, 1.35], "overfitted"),  # rising each time
+        (SHORT, [1.40, 1.30, 1.25, 1.25, 1.255, 1.26, 1.27, 1.28, 1.29, 1.30], "overfitted"),
+        (SHORT, [1.45, 1.40, 1.405], "converged"),
+        (noisy(np.full(30, 0.0049), 1e-5), [0.004909, 0.0049, 0.004962], "unclear"),
+        (noisy(np.full(30, 0.0049), 1e-5), [0.004909, 0.0049, 0.0058], "worsened"),
+        (np.linspace(0.20, 0.16, 40), [0.60, 0.55, 0.53, 0.56], "overfitted"),  # DPO
+    ],
+)
+def test_few_evaluations_are_told_as_far_as_they_go(
+    train: Any, validation: list[float], stands: str
+) -> None:
+    assert verdict(train, validation, every=max(1, len(train) // len(validation))).verdict == stands
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_a_flat_validation_with_noise_is_seldom_called_anything_else(count: int) -> None:
+    draw = np.random.default_rng(count)
+    found = []
+    for _ in range(300):
+        validation = 1.4 * (1 + 0.02 * draw.standard_normal(count))
+        found.append(verdict(SHORT, validation, every=30 // count).verdict)
+    wrong = sum(v in ("overfitted", "worsened", "improving") for v in found)
+    assert wrong <= 0.25 * len(found)
 
 
 def test_few_numbers_give_no_verdict() -> None:

@@ -15,6 +15,14 @@ from fine_tune.runs.results import own_openings, timed_steps
         ({"step": 9, "starts": [{"from_step": 0, "to_step": 9}]}, [(0, 9)]),
         ({"step": 9, "starts": [{"from_step": 0}, {"from_step": 6, "to_step": 9}]}, [(6, 9)]),
         ({"step": 9, "starts": [{"from_step": 0}, {"from_step": 6}]}, []),
+        # begun by an older version, which counted its seconds alone
+        (
+            {
+                "seconds": 9.0,
+                "starts": [{"from_step": 0}, {"from_step": 6, "to_step": 9, "seconds": 3}],
+            },
+            [],
+        ),
         ({"step": 9, "starts": [{"from_step": "0", "to_step": None}, {}]}, []),
     ],
 )
