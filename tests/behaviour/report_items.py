@@ -1,6 +1,7 @@
 """Every item a report has to hold, each held against ``metrics.csv`` and ``config.yaml``."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -171,9 +172,9 @@ def check_cost_and_commands(page: ReportPage, run: RunFolder, record: dict[str, 
     assert facts["Energy"] == facts["CO2e"] == "not measured"
     config, commands = run.path / "config.yaml", page.parts["commands"].code
     assert commands[:3] == [
-        f"python -m fine_tune fit --config {config}",
-        f"python -m fine_tune fit --config {config} --ckpt_path last --data.epochs N",
-        f"python -m fine_tune test --config {config} --ckpt_path best",
+        f"cd {Path.cwd()} && python -m fine_tune fit --config {config}",
+        f"cd {Path.cwd()} && python -m fine_tune fit --config {config} --ckpt_path last --data.epochs N",
+        f"cd {Path.cwd()} && python -m fine_tune test --config {config} --ckpt_path best",
     ]
     assert (
         "python -m fine_tune fit --config" in commands[3]
