@@ -46,6 +46,11 @@ def lora_problems(lora: Any, lora_plus_ratio: float | None, quantization: str | 
         problems.append(f"model.lora_plus_ratio: must be above 0 and finite, got {lora_plus_ratio}")
     if lora_plus_ratio is not None and lora is None:
         problems.append("model.lora_plus_ratio: there are no B matrices; set model.lora, like auto")
+    problems += [  # null passes for any of peft's types
+        f"model.lora.{name}: a number is wanted, got None; leave it out for peft's own"
+        for name in ("r", "lora_alpha", "lora_dropout")
+        if getattr(lora, name, 0) is None
+    ]
     init = str(getattr(lora, "init_lora_weights", True)).lower()
     for refused, why in _WHY_NOT_INIT.items():
         if init.startswith(refused):

@@ -115,6 +115,15 @@ def test_a_class_that_is_none(command_line: CommandLine, tmp_path: Path) -> None
     refused(outcome, "wrong.yaml:1: data: a class is wanted; set data.class_path")
 
 
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "lora_dropout"])
+def test_a_number_of_lora_that_is_none(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "wrong.yaml").write_text(f"model: {{init_args: {{lora: {{{name}: null}}}}}}\n")
+    outcome = command_line("fit", *fit_args, "--config", tmp_path / "wrong.yaml")
+    refused(outcome, f"model.lora.{name}: a number is wanted, got None")
+
+
 @pytest.mark.parametrize("value", ["null", "'{}'", "[]"])
 def test_a_section_that_is_no_mapping(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, value: str
