@@ -10,6 +10,7 @@ from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from fine_tune.errors import UserError
 
+BYTE_ORDER_MARK = "\ufeff"
 CLASS_SECTIONS = ("model", "data")  # their options stand under init_args
 NO_WORD = "YAML: a key must be a word, not a list or a mapping"
 MOST_VALUES, DEEPEST = 10_000, 50
@@ -50,6 +51,10 @@ def read_yaml(file: str) -> tuple[list[Setting], list[str]]:
         return [], [f"--config: '{file}' cannot be read: {error.strerror}"]
     except UnicodeDecodeError:
         return [], [f"--config: '{file}' is not UTF-8 text"]
+    inside = text.find(BYTE_ORDER_MARK, 1)
+    if inside > 0:  # YAML reads it as text, and the value behind it as something else
+        line = text.count("\n", 0, inside) + 1
+        return [], [f"{file}:{line}: YAML: an invisible byte order mark (U+FEFF); remove it"]
     try:
         root = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError as error:

@@ -58,6 +58,15 @@ def test_yaml_that_pyyaml_chokes_on_or_halves(tmp_path: Path, text: str, message
     assert any(message in problem for problem in problems), problems
 
 
+def test_a_byte_order_mark_is_one_at_the_beginning_alone(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("\ufeffname: a\n", "utf-8")
+    assert read_yaml(str(file))[1] == []
+    file.write_text("name: a\ncheckpoint: {keep: \ufeff1}\n", "utf-8")  # which YAML makes 1 of
+    _, problems = read_yaml(str(file))
+    assert problems == [f"{file}:2: YAML: an invisible byte order mark (U+FEFF); remove it"]
+
+
 def test_aliases_that_multiply(tmp_path: Path) -> None:
     lines = ["a: &a0 [x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 9)]
