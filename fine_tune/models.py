@@ -93,7 +93,13 @@ def load_model(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if name is None:
-        return cast(PreTrainedModel, AUTO_CLASSES[head].from_config(config, **options))
+        try:
+            return cast(PreTrainedModel, AUTO_CLASSES[head].from_config(config, **options))
+        except (
+            ValueError,
+            ImportError,
+        ) as error:  # an attention that is not installed, or not for this model
+            raise UserError(f"model.from_config: {first_line(error)}") from error
     stored = stored_quantization(config)
     if quantization is not None and stored is None:
         options["quantization_config"] = quantization

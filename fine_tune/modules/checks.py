@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fine_tune.adapters import INITS_THAT_CHANGE_THE_BASE
 from fine_tune.batches import DataPlan
+from fine_tune.errors import nearest
 from fine_tune.model_config import stored_quantization
 from fine_tune.saved_adapters import other_shape
 
@@ -16,6 +18,15 @@ _WHY_NOT_INIT = {
         ("eva", "corda", "lora_ga"), "it needs a pass over the data before training, not made here"
     ),
 }
+
+
+def attention_problems(asked: str | None) -> list[str]:
+    """Say whether transformers has no such attention; whether this machine has what it needs shows when it loads."""
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if asked is None or asked in known or "/" in asked:  # of the hub's kernels
+        return []
+    how = nearest(asked, known) or "; use sdpa, eager, flex_attention, or leave it out"
+    return [f"model.attn_implementation: '{asked}' is not known{how}"]
 
 
 def source_problems(

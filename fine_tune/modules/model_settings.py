@@ -11,6 +11,7 @@ from fine_tune.batches import DataPlan
 from fine_tune.errors import UserError
 from fine_tune.models import Head
 from fine_tune.modules.checks import (
+    attention_problems,
     continued_adapter_problems,
     lora_problems,
     max_positions,
@@ -69,6 +70,7 @@ class ModelSettings:
         """
         config = self.resolved_config(tokenizer)
         problems = stored_quantization_problems(config, self.quantization, self.lora)
+        problems += attention_problems(self.attn_implementation)
         problems += plan_problems(plan, config, num_warmup_steps)
         problems += score_head_problems(config) if self.head == "score" else []
         self.take_stored(config)

@@ -107,6 +107,14 @@ def test_aliases_that_multiply(tmp_path: Path) -> None:
             ["--trainer.profiler", "/nowhere"],
             "trainer.profiler: '/nowhere' is not known; use simple",
         ),
+        (
+            ["--model.attn_implementation", "a\x1b[31mb"],
+            r"model.attn_implementation: 'a\x1b[31mb' is not known; use sdpa, eager",
+        ),
+        (
+            ["--model.attn_implementation", "spda"],
+            "model.attn_implementation: 'spda' is not known; did you mean 'sdpa'?",
+        ),
         (["--model.config", "1: 2"], "model.config: LlamaConfig has no field '1'"),
         (["x" * 5000], f"error: '{'x' * 120}': a flag was expected here"),
         (["|\n  a\n"], r"error: '|\n  a\n': a flag was expected here"),
