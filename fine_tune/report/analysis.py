@@ -29,8 +29,11 @@ SIGMAS = 3.0
 OF_LEVEL, OF_FALL = 0.01, 0.02  # smaller changes of a loss are none: of its value, of all it fell
 OF_LEFT = 0.05  # but this share of what is left is a change, unless that is next to nothing:
 NEXT_TO_NOTHING = 0.005  # of all it fell
-OF_LEVEL_UNKNOWN = 0.05  # of its value, where few evaluations leave its noise unknown,
-FEWEST_RISES = 4  # unless it rises so often in a row
+OF_LEVEL_UNKNOWN = 0.06  # of its value, where few evaluations leave its noise unknown,
+FEWEST_RISES, FEWEST_FALLS = (
+    4,
+    3,
+)  # unless it rises since its best, or falls at last, so often in a row
 OF_FALL_RISEN = 0.2  # of all that training won and lost again: it diverged
 OF_LEVEL_RISEN = 0.2  # of the first loss, by which all of the last ones lie above it
 STEADY_GROWTH, STEADY_PEAK = 3.0, 10.0
@@ -214,7 +217,9 @@ def improvement(train: Curve, validation: Curve) -> tuple[Verdict, Finding]:
     numbers: dict[str, float] = {"before": before, "last": now, "step": start}
     numbers |= {"end": int(curve.steps[-1]), "change": before - now}
     numbers["fall"] = _fall(train, now)
-    of_level = _of_level(curve) if which == "validation" else OF_LEVEL
+    falls = np.diff(curve.values)[-FEWEST_FALLS:]
+    steadily = len(falls) == FEWEST_FALLS and bool((falls < 0).all())
+    of_level = OF_LEVEL if which == "train" or steadily else _of_level(curve)
     limit = max(SIGMAS * error, of_level * abs(now), _least(numbers["fall"], before, now))
     if before - now > limit:
         return "improving", Finding(f"improving_{which}", "note", numbers)
