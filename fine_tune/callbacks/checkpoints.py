@@ -90,12 +90,16 @@ class Checkpoints(Checkpoint):
 
         Only steps of this process are worth a save, and only if all ranks are here: a save is a collective call.
         """
+        stopped = exception if isinstance(exception, RunStopped) else None
+        together = trainer.world_size == 1 or (stopped is not None and stopped.on_all_ranks)
         try:
-            if isinstance(exception, RunStopped) and self._saved_step is not None:
-                together = trainer.world_size == 1 or exception.on_all_ranks
-                if together and trainer.global_step > self._saved_step:
-                    self._save(trainer, pl_module, score=None)
-            _io(trainer).wait()
+            begun = self._saved_step is not None and trainer.global_step > self._saved_step
+            if stopped is not None and together and begun:
+                self._save(trainer, pl_module, score=None)
+            if together:  # a rank that ended first would take the one that writes along
+                self._settle(trainer)
+            else:
+                _io(trainer).wait()
         except Exception as error:
             log.error("the last checkpoint was not written: %s", error)
 

@@ -36,6 +36,7 @@ from fine_tune.modules.prediction import Predicting, write_answers
 from fine_tune.modules.recomputing import Recomputing
 from fine_tune.modules.row_losses import RowLosses
 from fine_tune.modules.step_log import Throughput, log_step
+from fine_tune.modules.together import stopping_together
 
 log = logging.getLogger("fine_tune")
 
@@ -280,7 +281,7 @@ class StepModule(HuggingFaceModule):
     # ---- evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        in_parts(self, batch, self.evaluate)
+        stopping_together(self, lambda: in_parts(self, batch, self.evaluate))
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

@@ -1,13 +1,13 @@
-"""Forward and backward passes that all ranks take together, since each has but a part of the weights.
+"""What all ranks do together: passes, where each has but a part of the weights, and the end of an evaluation.
 
 A rank that has fewer parts than the others takes a row of no weight instead, so that nobody waits for ever.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fine_tune.batches import data_of
-from fine_tune.errors import RanksApart
+from fine_tune.errors import RanksApart, RunStopped
 from fine_tune.ranks import any_rank, from_all_ranks
 from fine_tune.shards import is_sharded
 
@@ -31,6 +31,26 @@ def others_go_on(module: "StepModule", i_do: bool) -> bool:
     if not is_sharded(module.model):
         return i_do
     return any_rank(i_do, module.device, module.trainer.world_size)
+
+
+def stopping_together(module: "StepModule", evaluate: Callable[[], None]) -> None:
+    """Evaluate this rank's rows of a batch; where a rank cannot go on, all of them stop, and can save together.
+
+    Raises:
+        RunStopped: On every rank, with the problems of the first that has some.
+    """
+    stopped: RunStopped | None = None
+    try:
+        evaluate()
+    except RunStopped as error:
+        stopped = error
+    world_size = module.trainer.world_size
+    if not any_rank(stopped is not None, module.device, world_size):
+        return
+    problems = from_all_ranks(stopped.problems if stopped else (), world_size)
+    together = RunStopped(*next(filter(None, problems)))
+    together.on_all_ranks = True
+    raise together from stopped
 
 
 def out_of_memory_apart(module: "StepModule", where: str, tokens_at_once: int) -> RanksApart:
