@@ -1,17 +1,19 @@
-"""What a run's numbers say: pure functions from curves to findings, each with the numbers that show it.
+"""How a run ended, from its curves: pure functions to one verdict, with the numbers that show it.
 
 Every comparison is of means over windows and is held against noise, taken from the differences of neighbouring values,
 which a slow trend leaves alone.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from fine_tune.report.noise import (
     FEWEST,
+    OF_LEVEL,
+    SIGMAS,
     has_late_noise,
     late_noise,
     luck,
@@ -20,32 +22,25 @@ from fine_tune.report.noise import (
     training_noise,
     window,
 )
+from fine_tune.report.observations import (
+    Finding,
+    gap,
+    gradients,
+    numerics,
+    preference,
+    training_trend,
+)
 from fine_tune.report.record import Curve
 
 Verdict = Literal["diverged", "overfitted", "worsened", "improving", "converged", "flat", "unclear"]
-Tone = Literal["good", "bad", "note"]
 LATE = 0.8  # from here on a run is late
-SIGMAS = 3.0
-OF_LEVEL, OF_FALL = 0.01, 0.02  # smaller changes of a loss are none: of its value, of all it fell
+OF_FALL = 0.02  # smaller changes of a loss are none: of all it fell
 OF_LEFT = 0.05  # but this share of what is left is a change, unless that is next to nothing:
 NEXT_TO_NOTHING = 0.005  # of all it fell
 OF_LEVEL_UNKNOWN = 0.06  # of its value, where few evaluations leave its noise unknown,
-FEWEST_RISES, FEWEST_FALLS = (
-    4,
-    3,
-)  # unless it rises since its best, or falls at last, so often in a row
+FEWEST_RISES, FEWEST_FALLS = 4, 3  # unless it rises since its best, or falls at last, so often
 OF_FALL_RISEN = 0.2  # of all that training won and lost again: it diverged
 OF_LEVEL_RISEN = 0.2  # of the first loss, by which all of the last ones lie above it
-STEADY_GROWTH, STEADY_PEAK = 3.0, 10.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence: its key in the words, its numbers, and how it reads."""
-
-    key: str
-    tone: Tone = "note"
-    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def analyse(evidence: Evidence) -> Analysis:
             gap(evidence.train.finite(), evidence.validation.finite()),
             gradients(evidence.grad_norm, evidence.clip),
             preference(*evidence.accuracy) if evidence.accuracy is not None else None,
-            numerics(evidence),
+            numerics(evidence.non_finite_steps, evidence.num_spikes),
         )
         if finding is not None
     ]
@@ -116,27 +111,6 @@ def analyse(evidence: Evidence) -> Analysis:
     if nothing is not None and "prefers" not in [finding.key for finding in others]:
         return Analysis("flat", nothing, others)
     return Analysis(stands, main, others)
-
-
-def training_trend(train: Curve) -> Finding | None:
-    """Compare the first window of training losses with the last one."""
-    if not len(train):
-        return None
-    if len(train) < FEWEST:
-        numbers = {"last": float(train.values[-1]), "step": int(train.steps[-1])}
-        return Finding("train_few", "note", {**numbers, "count": len(train)})
-    width = window(train)
-    first, last = float(train.values[:width].mean()), float(train.values[-width:].mean())
-    numbers = {"first": first, "last": last, "until": int(train.steps[width - 1])}
-    numbers["since"] = int(train.steps[-width])
-    limit = max(SIGMAS * noise(train.values) * math.sqrt(2 / width), OF_LEVEL * abs(first))
-    if abs(last - first) <= limit:
-        return Finding("train_flat", "bad", numbers)
-    return (
-        Finding("train_fell", "good", numbers)
-        if last < first
-        else Finding("train_rose", "bad", numbers)
-    )
 
 
 def divergence(train: Curve) -> Finding | None:
@@ -248,67 +222,6 @@ def unlearned(train: Curve, validation: Curve) -> Finding | None:
         return None
     numbers = {"val_first": first, "val_step": int(validation.steps[0]), "val_best": best}
     return Finding("flat_validation", "bad", {**trend.numbers, **numbers})
-
-
-def gap(train: Curve, validation: Curve) -> Finding | None:
-    """Return training minus validation loss at the last evaluation."""
-    if not len(validation):
-        return None
-    step = int(validation.steps[-1])
-    loss = mean_until(train, step)
-    if loss is None:
-        return None
-    measured = float(validation.values[-1])
-    return Finding(
-        "gap_at_end", "note", {"step": step, "train": loss, "val": measured, "gap": loss - measured}
-    )
-
-
-def gradients(norms: Curve, clip: float | None) -> Finding | None:
-    """Say whether gradients stayed of one size: their median late against early, their largest against the median."""
-    finite = norms.finite()
-    if len(finite) < FEWEST:
-        return None
-    values = finite.values
-    third = len(values) // 3
-    early, late = float(np.median(values[:third])), float(np.median(values[-third:]))
-    median, most = float(np.median(values)), float(values.max())
-    numbers: dict[str, float] = {"median": median, "max": most, "early": early, "late": late}
-    numbers |= {"step": int(finite.steps[values.argmax()])}
-    key, tone = "grad_steady", "good"
-    if early > 0 and late > STEADY_GROWTH * early:
-        key, tone = "grad_grew", "bad"
-    elif most > STEADY_PEAK * max(early, late):
-        key, tone = "grad_peaks", "note"
-    if clip:
-        numbers |= {"clip": clip, "clipped": float((values > clip).mean())}
-        key += "_clipped"
-    return Finding(key, tone, numbers)  # type: ignore[arg-type]
-
-
-def preference(accuracy: Curve, low: Curve, high: Curve) -> Finding | None:
-    """Say how often the chosen answer of a validation pair got the higher reward, and whether that beats chance."""
-    if not len(accuracy) or len(accuracy) != len(low) or len(low) != len(high):
-        return None
-    numbers: dict[str, float] = {
-        "step": int(accuracy.steps[-1]),
-        "share": float(accuracy.values[-1]),
-    }
-    numbers |= {"low": float(low.values[-1]), "high": float(high.values[-1])}
-    beats_chance = numbers["low"] > 0.5
-    return Finding(
-        "prefers" if beats_chance else "prefers_not", "good" if beats_chance else "note", numbers
-    )
-
-
-def numerics(evidence: Evidence) -> Finding | None:
-    """Count loss spikes and steps that were no finite numbers."""
-    if evidence.non_finite_steps:
-        steps = evidence.non_finite_steps
-        return Finding("fallbacks", "bad", {"count": len(steps), "step": steps[0]})
-    if evidence.num_spikes:
-        return Finding("spikes", "note", {"count": evidence.num_spikes})
-    return None
 
 
 def _of_level(validation: Curve) -> float:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from fine_tune.report.analysis import Tone
+from fine_tune.report.observations import Tone
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fine_tune.report.cost import commands, peak_gib, trained_tokens
 from fine_tune.report.curves import in_words
 from fine_tune.report.findings import analysis_of, sentence
 from fine_tune.report.noise import window
+from fine_tune.report.page import warnings_of
 from fine_tune.report.record import RunRecord
 from fine_tune.report.results import interval_of, shown_interval
 from fine_tune.report.words import Words
@@ -39,7 +40,9 @@ def comparison_of(runs: list[RunRecord], words: Words) -> Page:
         Section("curves", words("curves"), _curves(runs, words)),
         Section("settings", words("config_differences"), _settings(runs, names, words)),
     ]
+    warnings: list[str] = []
     for name, run in zip(names, runs, strict=True):
+        warnings += [f"{name}: {warning}" for warning in warnings_of(run, words)]
         sections.append(
             Section(
                 f"commands_{name[0]}", f"{words('commands')} {name}", commands(run, words).blocks
@@ -54,17 +57,8 @@ def comparison_of(runs: list[RunRecord], words: Words) -> Page:
         cards=[],
         sections=sections,
         footer=words("made", version=__version__, time=time.strftime("%Y-%m-%d %H:%M")),
-        warnings=_warnings(runs, names, words),
+        warnings=warnings,
     )
-
-
-def _warnings(runs: list[RunRecord], names: list[str], words: Words) -> list[str]:
-    told = []
-    for name, run in zip(names, runs, strict=True):
-        missing = [] if run.status == "empty" else run.missing
-        for key, files in (("missing_files", missing), ("damaged_files", run.damaged)):
-            told += [f"{name}: {words(key, names=', '.join(files))}"] if files else []
-    return told
 
 
 def differences(runs: list[RunRecord]) -> tuple[dict[str, list[Any]], int]:

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from fine_tune.report.analysis import Analysis, Evidence, Finding, Tone, analyse
+from fine_tune.report.analysis import Analysis, Evidence, analyse
 from fine_tune.report.blocks import Section, Sentences
 from fine_tune.report.curves import events
+from fine_tune.report.observations import Finding, Tone
 from fine_tune.report.record import RunRecord
 from fine_tune.report.results import judged, unopened
 from fine_tune.report.words import Words

@@ -8,6 +8,8 @@ from fine_tune.report.record import Curve
 
 FEWEST = 6  # logged losses, below which nothing is said of a trend
 WINDOW = 0.1  # of the logged steps
+SIGMAS = 3.0  # a change of fewer may be chance
+OF_LEVEL = 0.01  # a smaller change of a value is none, as a share of it
 
 
 def noise(values: np.ndarray) -> float:

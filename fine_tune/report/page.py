@@ -4,10 +4,10 @@ import time
 
 from fine_tune import __version__
 from fine_tune.report import curves, findings, results, tables
-from fine_tune.report.analysis import Tone
 from fine_tune.report.blocks import Card, Page
 from fine_tune.report.cost import commands, cost
 from fine_tune.report.data_card import data_card
+from fine_tune.report.observations import Tone
 from fine_tune.report.record import RunRecord
 from fine_tune.report.results import interval_of, shown_interval
 from fine_tune.report.setup import purpose, setup
@@ -53,8 +53,18 @@ def page_of(
         cards=_cards(run, words),
         sections=sections,
         footer=words("made", version=__version__, time=time.strftime("%Y-%m-%d %H:%M")),
-        warnings=_warnings(run, words),
+        warnings=warnings_of(run, words),
     )
+
+
+def warnings_of(run: RunRecord, words: Words) -> list[str]:
+    """Say which of a run's files are missing or damaged."""
+    told = []
+    if run.missing and run.status != "empty":
+        told.append(words("missing_files", names=", ".join(run.missing)))
+    if run.damaged:
+        told.append(words("damaged_files", names=", ".join(run.damaged)))
+    return told
 
 
 def _became(run: RunRecord, words: Words) -> str:
@@ -85,12 +95,3 @@ def _cards(run: RunRecord, words: Words) -> list[Card]:
     if run.record.get("seconds"):
         cards.append(Card(words("card_time"), words.seconds(run.record["seconds"])))
     return cards
-
-
-def _warnings(run: RunRecord, words: Words) -> list[str]:
-    told = []
-    if run.missing and run.status != "empty":
-        told.append(words("missing_files", names=", ".join(run.missing)))
-    if run.damaged:
-        told.append(words("damaged_files", names=", ".join(run.damaged)))
-    return told

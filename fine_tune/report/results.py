@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fine_tune.report.analysis import Tone
 from fine_tune.report.blocks import Section, Sentences, Table
 from fine_tune.report.intervals import wilson
+from fine_tune.report.observations import Tone
 from fine_tune.report.record import RunRecord, is_number
 from fine_tune.report.targets import Target, judge
 from fine_tune.report.words import Words

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fine_tune.report.analysis import Analysis, Evidence, analyse, gap, gradients
+from fine_tune.report.analysis import Analysis, Evidence, analyse
 from fine_tune.report.charts import Drawing, Line, Mark, draw, smoothed, thinned
 from fine_tune.report.findings import analysis_of
 from fine_tune.report.intervals import wilson
 from fine_tune.report.noise import mean_until, noise
+from fine_tune.report.observations import gap, gradients
 from fine_tune.report.record import Curve, RunRecord
 from fine_tune.report.tables import interval
 from fine_tune.report.targets import judge
