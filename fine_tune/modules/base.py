@@ -6,9 +6,8 @@ the backwards itself and returns a detached loss, so Lightning's own backward fi
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,31 +16,25 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune.batches import DataPlan, PredictBatch, StepFailure
-from fine_tune.errors import RunStopped, UserError
+from fine_tune.batches import DataPlan
+from fine_tune.errors import UserError
 from fine_tune.modules.changed_settings import (
     follow_settings,
     forget_failed_step,
     step_settings,
 )
 from fine_tune.modules.checks import warmup_problems
-from fine_tune.modules.evaluation import answer, in_parts, log_evaluation
+from fine_tune.modules.evaluating import EvaluatingModule
 from fine_tune.modules.gradients import StepGradient, gradients, update
-from fine_tune.modules.huggingface import HuggingFaceModule
-from fine_tune.modules.metrics import TokenMetrics
 from fine_tune.modules.model_settings import ModelSettings
 from fine_tune.modules.optimization import Schedule, build_optimizer, optimizer_problems, schedule
-from fine_tune.modules.precision import follow_precision
-from fine_tune.modules.prediction import Predicting, write_answers
 from fine_tune.modules.recomputing import Recomputing
-from fine_tune.modules.row_losses import RowLosses
-from fine_tune.modules.step_log import Throughput, log_step
-from fine_tune.modules.together import stopping_together
+from fine_tune.modules.step_log import log_step
 
 log = logging.getLogger("fine_tune")
 
 
-class StepModule(HuggingFaceModule):
+class StepModule(EvaluatingModule):
     """Base of all modules: builds the model, and takes one optimizer step per batch.
 
     A subclass says what a batch costs: ``loss_count`` (the divisor), ``loss_sums`` of a micro-batch, and
@@ -120,36 +113,11 @@ class StepModule(HuggingFaceModule):
         self.lora_plus_ratio = lora_plus_ratio
         self.offload_activations = offload_activations
         self.warmup_steps, self.warmup_ratio = warmup_steps, warmup_ratio
-        self.metrics: Any = TokenMetrics()
-        self.row_losses = RowLosses()
-        self.measured_rows: np.ndarray | None = (
-            None  # [R, 3] of the last validation: id, count, loss
-        )
-        self.throughput = Throughput()
-        self.intervals: dict[str, list[float]] = {}  # of 95 %, of what was measured last
-        self.counted: dict[
-            str, tuple[int, int]
-        ] = {}  # shares of it that are counts: how many of how many
         self._grad_norm = torch.zeros(())
-        # What guards may set: the budget in force, the precision of steps (None: the trainer's), whether the trained
-        # state is copied before each update; a handler says whether it changed something that may help.
-        self.max_tokens_per_micro_batch: int | None = None
-        self.step_precision: str | None = None
-        self.rows_attention: str | None = None  # of steps and evaluations; None: the model's own
-        self.keeps_state = False
-        self.failure_handlers: dict[str, Callable[[StepFailure], bool]] = {}
-        self.predicting = Predicting()
-        self.spare_row: Any = None  # for passes that count nothing
 
     # ---- what a subclass says
 
     step_metrics: tuple[str, ...] = ()  # what it measures of a training step beside its loss
-    evaluation_metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
-
-    @property
-    def can_generate(self) -> bool:
-        """Whether its model writes answers."""
-        return self.head == "lm"
 
     @abstractmethod
     def loss_count(self, batch: Any) -> int:
@@ -159,26 +127,9 @@ class StepModule(HuggingFaceModule):
     def loss_sums(self, micro_batch: Any) -> tuple[Tensor, ...]:
         """Return the summed loss of a micro-batch, with its graph, and the sums of ``step_metrics``, without."""
 
-    @abstractmethod
-    def take_rows(self, batch: Any, rows: slice) -> Any:
-        """Return the micro-batch that holds these rows of the batch."""
-
-    @abstractmethod
-    def evaluate(self, micro_batch: Any) -> None:
-        """Add a micro-batch of an evaluation split to ``self.metrics``."""
-
     def loss_of_no_weight(self, micro_batch: Any) -> Tensor:
         """Take the forward passes of ``loss_sums`` or ``evaluate`` and count nothing; return 0, with its graph."""
         return self.loss_sums(micro_batch)[0] * 0.0
-
-    @property
-    def compares_rows(self) -> bool:
-        """Whether each row's loss is kept: of the validation that makes a run's result, not of those while training."""
-        return self.trainer.state.fn == "validate"
-
-    def interval_metrics(self) -> dict[str, Tensor]:
-        """Return what it counted besides, over all ranks; asked for where a row of ``metrics.csv`` is written."""
-        return {}
 
     # ---- the model
 
@@ -224,28 +175,6 @@ class StepModule(HuggingFaceModule):
         self._grad_norm = gradient.norm
         return gradient
 
-    def handle(self, failure: StepFailure) -> None:
-        """Let the guards change something, after which the rows are taken again.
-
-        Raises:
-            RuntimeError: No guard can help.
-        """
-        try:
-            helped = any(handler(failure) for handler in self.failure_handlers.values())
-        except RunStopped as stopped:
-            stopped.on_all_ranks = failure.on_all_ranks
-            raise
-        if not helped:
-            raise RuntimeError(
-                f"{failure.kind} in the {failure.stage} of step {failure.step}, rows {failure.row_ids}"
-            )
-
-    def lower_precision(self, precision: str) -> None:
-        """Compute in a safer precision from the step at hand on, whatever the trainer's."""
-        assert self.model is not None
-        follow_precision(self.model, precision)
-        self.step_precision = precision
-
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
@@ -277,43 +206,6 @@ class StepModule(HuggingFaceModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_step >= self.plan.num_steps:
             self.trainer.should_stop = True  # validate after the last step, whatever the interval
-
-    # ---- evaluation
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        stopping_together(self, lambda: in_parts(self, batch, self.evaluate))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_start(self) -> None:
-        self.throughput.pause()
-
-    def on_validation_epoch_end(self) -> None:
-        log_evaluation(self, "val")
-        self.throughput.go_on()
-
-    def on_test_epoch_end(self) -> None:
-        log_evaluation(self, "test")
-
-    def predict_step(self, batch: PredictBatch, batch_idx: int) -> None:
-        write_answers(self, batch)
-
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int]
-    ) -> list[list[int]]:
-        """Answer prompts greedily.
-
-        Args:
-            prompts: Token ids of each prompt; they are padded on the left together.
-            max_new_tokens: Tokens to write at most.
-            stop_ids: Tokens that end an answer.
-
-        Returns:
-            Token ids of each answer, without the stop token.
-        """
-        pad_token_id = int(cast(int, self.tokenizer.pad_token_id))
-        return answer(self, prompts, max_new_tokens, stop_ids, pad_token_id)
 
     # ---- checkpoints
 

@@ -15,13 +15,13 @@ from fine_tune.modules.together import others_go_on, out_of_memory_apart, spare_
 from fine_tune.shards import is_sharded
 
 if TYPE_CHECKING:
-    from fine_tune.modules.base import StepModule
+    from fine_tune.modules.evaluating import EvaluatingModule
 
 log = logging.getLogger("fine_tune")
 
 
 def in_parts(
-    module: "StepModule",
+    module: "EvaluatingModule",
     batch: Any,
     take: Callable[[Any], None],
     *,
@@ -76,7 +76,7 @@ def in_parts(
         )
 
 
-def log_evaluation(module: "StepModule", split: str) -> None:
+def log_evaluation(module: "EvaluatingModule", split: str) -> None:
     """Log what a split measured: to the loggers while training, else to the run's record alone.
 
     Args:
@@ -110,7 +110,7 @@ def log_evaluation(module: "StepModule", split: str) -> None:
 
 
 def answer(
-    module: "StepModule",
+    module: "EvaluatingModule",
     prompts: list[list[int]],
     max_new_tokens: int,
     stop_ids: list[int],

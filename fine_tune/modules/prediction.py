@@ -16,7 +16,7 @@ from fine_tune.modules.evaluation import in_parts
 from fine_tune.sampling import Sampling
 
 if TYPE_CHECKING:
-    from fine_tune.modules.base import StepModule
+    from fine_tune.modules.evaluating import EvaluatingModule
 
 CPU_TOKENS, GPU_TOKENS = 2_048, 8_192  # of a forward pass where nobody says what fits
 COLUMNS_PER_TOKEN = 8  # keys and values take far less than what training keeps of a token
@@ -44,7 +44,7 @@ class Predicting:
     tell: Callable[[int, dict[str, Any]], None] = nobody
 
 
-def write_answers(module: "StepModule", batch: PredictBatch) -> None:
+def write_answers(module: "EvaluatingModule", batch: PredictBatch) -> None:
     """Answer every prompt of a batch, as many at once as fit the device."""
     how = module.predicting
     answers = [
@@ -89,13 +89,15 @@ def generation_stops(model: Any) -> list[int]:
     return list(stops) if isinstance(stops, list) else [int(stops)]
 
 
-def tokens_at_once(module: "StepModule") -> int:
+def tokens_at_once(module: "EvaluatingModule") -> int:
     """Return the padded tokens of a forward pass: as set, or by the device."""
     default = CPU_TOKENS if module.device.type == "cpu" else GPU_TOKENS
     return module.max_tokens_per_micro_batch or default
 
 
-def score_answers(module: "StepModule", batch: PredictBatch, score: Callable[..., Tensor]) -> None:
+def score_answers(
+    module: "EvaluatingModule", batch: PredictBatch, score: Callable[..., Tensor]
+) -> None:
     """Score every row of a batch, in parts that fit the device.
 
     Args:

@@ -12,10 +12,10 @@ from fine_tune.ranks import any_rank, from_all_ranks
 from fine_tune.shards import is_sharded
 
 if TYPE_CHECKING:
-    from fine_tune.modules.base import StepModule
+    from fine_tune.modules.evaluating import EvaluatingModule
 
 
-def parts_of_all(module: "StepModule", parts: list[slice]) -> Iterator[slice | None]:
+def parts_of_all(module: "EvaluatingModule", parts: list[slice]) -> Iterator[slice | None]:
     """Give this rank's parts of a step, then None as often as another rank still has some."""
     most = len(parts)
     if is_sharded(
@@ -26,14 +26,14 @@ def parts_of_all(module: "StepModule", parts: list[slice]) -> Iterator[slice | N
     yield from [None] * (most - len(parts))
 
 
-def others_go_on(module: "StepModule", i_do: bool) -> bool:
+def others_go_on(module: "EvaluatingModule", i_do: bool) -> bool:
     """Whether any rank takes another pass of a batch; where they are taken together, all of them ask before each."""
     if not is_sharded(module.model):
         return i_do
     return any_rank(i_do, module.device, module.trainer.world_size)
 
 
-def stopping_together(module: "StepModule", evaluate: Callable[[], None]) -> None:
+def stopping_together(module: "EvaluatingModule", evaluate: Callable[[], None]) -> None:
     """Evaluate this rank's rows of a batch; where a rank cannot go on, all of them stop, and can save together.
 
     Raises:
@@ -53,7 +53,7 @@ def stopping_together(module: "StepModule", evaluate: Callable[[], None]) -> Non
     raise together from stopped
 
 
-def out_of_memory_apart(module: "StepModule", where: str, tokens_at_once: int) -> RanksApart:
+def out_of_memory_apart(module: "EvaluatingModule", where: str, tokens_at_once: int) -> RanksApart:
     """Return the error of a rank that ran out of memory where the others wait for its part of the weights.
 
     Args:
@@ -70,7 +70,7 @@ def out_of_memory_apart(module: "StepModule", where: str, tokens_at_once: int) -
     )
 
 
-def spare_row(module: "StepModule") -> Any:
+def spare_row(module: "EvaluatingModule") -> Any:
     """Return a batch of one training row, for a pass that counts nothing."""
     if module.spare_row is None:
         longest = data_of(module.trainer).longest_rows("train")

@@ -79,7 +79,7 @@ def test_a_test_on_other_rows_is_told_apart_from_the_runs_own(
     assert "others" in shown[1]["rows"] and "others" not in shown[0]["rows"]
     assert [row["counted"].split(" / ")[1] for row in shown] == [str(own["num_rows"]), "7"]
     assert all("–" in row["95 % interval"] for row in shown)  # each of its own answers
-    assert "Openings of the test split by this run: 1. Besides, 1 time(s) other rows" in page.html
+    assert "Openings of the test split by this run: 1. Openings with other rows: 1" in page.html
     assert others["metrics"]["test/loss"] != own["metrics"]["test/loss"]
     (listed,) = json.loads(command_line("runs", "--json", "--root", fitted.root).out)
     assert listed["test"]["test/loss"] == own["metrics"]["test/loss"]
