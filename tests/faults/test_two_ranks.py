@@ -120,10 +120,11 @@ def test_a_validation_row_that_does_not_fit_one_rank_ends_both_saved(
 ) -> None:
     refuse = ["--trainer.callbacks+=spoil_rank.SpoilRank", "--trainer.callbacks.how", "validation"]
     refuse += ["--trainer.callbacks.rank", rank, "--vram_guard.rehearse", "false"]
+    refuse += ["--trainer.callbacks+=slow_report.SlowReport"]
     started = time.monotonic()
     done = run_two_ranks(tmp_path, *fit_args, *refuse, "--trainer.max_steps", "2")
-    assert time.monotonic() - started < 60  # of which most is the start
-    assert done.returncode == 2, done.stderr
+    assert time.monotonic() - started < 75  # of which most is the start
+    assert done.returncode == 2, done.stderr  # not killed by its launcher before it was done
     assert "out of memory in the evaluation of step 2 with a row of 9 tokens" in done.stderr
     assert "Traceback" not in done.stderr
     run = RunFolder(tmp_path / "lightning_logs" / "run" / "version_0")
