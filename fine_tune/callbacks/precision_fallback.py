@@ -60,9 +60,6 @@ class PrecisionFallback(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._keep_lowered(trainer, pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._keep_lowered(trainer, pl_module)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
