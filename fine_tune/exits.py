@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fine_tune.callbacks.stop_signals import Stopped, StopRequest
-from fine_tune.errors import UserError, in_brief
+from fine_tune.errors import RunStopped, UserError, in_brief
 from fine_tune.quiet import start_console, stop_tee
 from fine_tune.runs.places import is_first_process
 
@@ -38,6 +38,8 @@ def exit_code(run: Callable[[], Any], stop: StopRequest | None = None) -> int:
             return 1
         if behind is None:
             raise
+        if isinstance(behind, RunStopped) and behind.on_all_ranks and not is_first_process():
+            return 0  # the first one says it; a fault here makes the launcher kill it before it is done
         for problem in behind.problems:
             print(f"error: {problem}", file=sys.stderr)
         _print_notes(error)

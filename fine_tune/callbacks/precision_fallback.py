@@ -52,11 +52,13 @@ class PrecisionFallback(Callback):
         pl_module.failure_handlers["precision_fallback"] = partial(self._handle, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        now = str(trainer.precision)
-        if self._lowered_to is not None and _safer(now, self._lowered_to) != now:
-            log.info("precision: %s, lowered earlier in this run", self._lowered_to)
-            self._lower(pl_module, self._lowered_to)
-            self._swap(trainer, pl_module)
+        self._keep_lowered(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._keep_lowered(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._keep_lowered(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,6 +103,13 @@ class PrecisionFallback(Callback):
         )
         self._lower(pl_module, lower)
         return True
+
+    def _keep_lowered(self, trainer: Trainer, pl_module: Any) -> None:
+        now = str(trainer.precision)
+        if self._lowered_to is not None and _safer(now, self._lowered_to) != now:
+            log.info("precision: %s, lowered earlier in this run", self._lowered_to)
+            self._lower(pl_module, self._lowered_to)
+            self._swap(trainer, pl_module)
 
     def _lower(self, pl_module: Any, precision: str) -> None:
         pl_module.lower_precision(precision)

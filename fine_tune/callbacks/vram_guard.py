@@ -3,6 +3,7 @@
 import logging
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,9 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fine_tune.batches import StepFailure, log_interval, most_tokens_at_once, plan_of
 from fine_tune.callbacks.rehearsal import circumstances, rehearse
 from fine_tune.device_memory import DeviceMemory, memory_of
-from fine_tune.errors import RunStopped, UserError
-from fine_tune.ranks import any_rank
+from fine_tune.errors import GoBack, RunStopped, UserError
+from fine_tune.ranks import any_rank, from_all_ranks
 from fine_tune.runs.run_folder import run_of
+from fine_tune.runs.stored_checkpoints import NAME
 
 log = logging.getLogger("fine_tune")
 WARN_PERCENT = 90
@@ -56,6 +58,7 @@ class VRAMGuard(Callback):
         self._rehearsed: dict[str, Any] = {}
         self._warned = False
         self._failed_update = 0  # the last step that was taken again
+        self._untold: list[tuple[int, str, str]] = []  # events of this rank's own: not yet recorded
         self._bytes_per_token = 0.0  # as rehearsed; 0: not known
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,6 +83,12 @@ class VRAMGuard(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._keep_budget(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._share(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._share(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         plan = plan_of(trainer)
@@ -116,13 +125,15 @@ class VRAMGuard(Callback):
             return
         smaller = max(smaller, longest, self.min_tokens)
         if smaller < (budget or tokens):
-            self._cut(trainer, pl_module, smaller, why, "nearly_full")
+            step = trainer.global_step + 1
+            self._cut(trainer, pl_module, smaller, step, why, "nearly_full", alone=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % log_interval(trainer):
             return
+        self._share(trainer, pl_module)
         used = self._percent()
         pl_module.log_dict(
             {
@@ -168,28 +179,37 @@ class VRAMGuard(Callback):
             return False
         self.memory.clear_cache()
         if failure.stage == "optimizer":
-            return self._retry_update(trainer, failure)
-        where = f"out of memory in the {failure.stage} of step {failure.step}"
+            return self._retry_update(trainer, pl_module, failure)
+        step = _step_of(trainer, failure)
+        where = f"out of memory in the {failure.stage} of step {step}"
         longest = failure.tokens_at_once // max(1, failure.rows_at_once)
         if failure.rows_at_once <= 1:
             asked = "sampling" if trainer.state.fn == "predict" else "generations"
             answers = failure.stage == "generation"
             hint = LONG_ANSWERS.format(asked) if answers else TOO_LARGE.format(max(1, longest // 2))
             raise RunStopped(f"{where} with a row of {longest:,} tokens: {hint}")
-        if failure.stage == "generation":
-            return True  # half of the prompts at a time
         why = f"{where} ({failure.rows_at_once} rows at once, longest {longest:,} tokens)"
+        if failure.stage == "generation":
+            told = f"{why}: half of them at a time"
+            self._record(trainer, step, told, "out_of_memory", alone=True)
+            return True
         budget = max(self.min_tokens, failure.tokens_at_once // 2)
         if budget >= failure.tokens_at_once:
             raise RunStopped(f"{why}: {NO_LESS.format(self.min_tokens)}")
-        self._cut(trainer, pl_module, budget, why, "out_of_memory")
+        alone = not failure.on_all_ranks
+        self._cut(trainer, pl_module, budget, step, why, "out_of_memory", alone=alone)
         return True
 
-    def _retry_update(self, trainer: Trainer, failure: StepFailure) -> bool:
+    def _retry_update(self, trainer: Trainer, pl_module: Any, failure: StepFailure) -> bool:
+        if not pl_module.keeps_state:
+            why = f"the optimizer ran out of memory at step {failure.step}, half of its update done"
+            self._record(trainer, failure.step, why, "out_of_memory")
+            raise GoBack(why)
         if self._failed_update == failure.step:
+            saved = f", and step {failure.step - 1} is saved" if failure.step > 1 else ""
             raise RunStopped(
                 f"out of memory in the optimizer's update of step {failure.step}, twice: its state does not fit. The "
-                f"update was undone, and step {failure.step - 1} is saved; make room on the device, or take an 8-bit "
+                f"update was undone{saved}; make room on the device, or take an 8-bit "
                 "or paged optimizer (bitsandbytes.optim.PagedAdamW8bit) or a smaller model.lora.r"
             )
         self._failed_update = failure.step
@@ -197,21 +217,56 @@ class VRAMGuard(Callback):
         self._record(trainer, failure.step, event, "out_of_memory")
         return True
 
-    def _cut(self, trainer: Trainer, pl_module: Any, budget: int, why: str, kind: str) -> None:
+    def _cut(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        budget: int,
+        step: int,
+        why: str,
+        kind: str,
+        *,
+        alone: bool,
+    ) -> None:
         before = pl_module.max_tokens_per_micro_batch
         budget = budget if before is None else min(budget, before)  # this rank's may be smaller
-        pl_module.max_tokens_per_micro_batch = self._budget = budget
-        self._cut_from = self._cuts_from(trainer)
+        self._take_budget(trainer, pl_module, budget)
         shown = f"{before:,}" if before is not None else "the whole step"
         event = f"{why}: {shown} -> {budget:,} tokens per micro-batch"
-        self._record(trainer, trainer.global_step + 1, event, kind)
+        self._record(trainer, step, event, kind, alone=alone)
 
-    def _record(self, trainer: Trainer, step: int, event: str, kind: str) -> None:
+    def _take_budget(self, trainer: Trainer, pl_module: Any, budget: int) -> None:
+        pl_module.max_tokens_per_micro_batch = self._budget = budget
+        self._cut_from = self._cuts_from(trainer)
+
+    def _record(
+        self, trainer: Trainer, step: int, event: str, kind: str, *, alone: bool = False
+    ) -> None:
         if trainer.is_global_zero:
             log.info("WARNING: %s", event)
             if trainer.state.fn == "predict":  # it is no run and writes into none
                 return
             run_of(trainer).note_event({"step": step, "kind": kind, "event": event})
+        elif alone:
+            self._untold.append((step, f"rank {trainer.global_rank}: {event}", kind))
+
+    def _share(self, trainer: Trainer, pl_module: Any) -> None:
+        """Tell what other ranks met alone, and let all of them keep the smallest budget: one is saved."""
+        if not any_rank(bool(self._untold), pl_module.device, trainer.world_size):
+            return
+        ranks = from_all_ranks((self._untold, self._budget), trainer.world_size)
+        self._untold = []
+        smallest = min((budget for _, budget in ranks if budget is not None), default=None)
+        if smallest is not None and smallest != self._budget:
+            self._take_budget(trainer, pl_module, smallest)
+        for step, event, kind in (told for of_rank, _ in ranks for told in of_rank):
+            self._record(trainer, step, event, kind)
+
+
+def _step_of(trainer: Trainer, failure: StepFailure) -> int:
+    """Return the optimizer step of a failure; of weights measured after training, the one they were saved at."""
+    named = NAME.fullmatch(Path(str(trainer.ckpt_path)).name)
+    return int(named[1]) if named and trainer.state.fn in ("validate", "test") else failure.step
 
 
 def _is_adapter(pl_module: Any) -> bool:

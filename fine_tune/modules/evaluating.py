@@ -45,6 +45,7 @@ class EvaluatingModule(HuggingFaceModule):
         self.max_tokens_per_micro_batch: int | None = None
         self.step_precision: str | None = None
         self.rows_attention: str | None = None  # of steps and evaluations; None: the model's own
+        self.prompts_at_once: int | None = None  # answered; None: all
         self.keeps_state = False
         self.failure_handlers: dict[str, Callable[[StepFailure], bool]] = {}
         self.predicting = Predicting()

@@ -116,7 +116,11 @@ def answer(
     stop_ids: list[int],
     pad_token_id: int,
 ) -> list[list[int]]:
-    """Answer prompts greedily, in halves where all at once do not fit."""
+    """Answer prompts greedily, half as many at once where they do not fit, from then on."""
+    options, most = (max_new_tokens, stop_ids, pad_token_id), module.prompts_at_once
+    if most is not None and most < len(prompts):
+        parts = [prompts[start : start + most] for start in range(0, len(prompts), most)]
+        return [text for part in parts for text in answer(module, part, *options)]
     try:
         with (
             module.trainer.precision_plugin.forward_context(),
@@ -133,6 +137,5 @@ def answer(
     lengths, rows = [len(prompt) for prompt in prompts], len(prompts)
     tokens, step = (max(lengths) + max_new_tokens) * rows, module.trainer.global_step
     module.handle(StepFailure("out_of_memory", "generation", step, [], lengths, rows, tokens))
-    halves = (prompts[: rows // 2], prompts[rows // 2 :])
-    options = (max_new_tokens, stop_ids, pad_token_id)
-    return [text for half in halves for text in answer(module, half, *options)]
+    module.prompts_at_once = rows // 2
+    return answer(module, prompts, *options)

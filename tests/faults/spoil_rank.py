@@ -17,7 +17,8 @@ class SpoilRank(Callback):
         step: The optimizer step, from 1.
         how: ``memory``; ``sum``: memory, for the sum of gradients; ``update``: memory, for the optimizer's first
             update; ``nan`` while autocast is on; ``validation``: no row of any fits (``step`` is ignored);
-            ``weights``: on all ranks, a weight infinite after the fourth step in ``bf16-mixed``.
+            ``several``: no two rows of any validation fit together; ``weights``: on all ranks, a weight infinite
+            after the fourth step in ``bf16-mixed``.
     """
 
     def __init__(self, rank: int = 1, step: int = 3, how: str = "memory") -> None:
@@ -66,7 +67,14 @@ class SpoilRank(Callback):
             failure = StepFailure("out_of_memory", "evaluation", step, [], [9], 1, 9)
             pl_module.handle(failure)
 
-        if self.how != "validation":
+        evaluate = pl_module.evaluate
+
+        def one_by_one(micro_batch: Any) -> None:
+            if len(micro_batch["lengths"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. (injected)")
+            evaluate(micro_batch)
+
+        if self.how not in ("validation", "several"):
             pl_module.loss_sums = spoiled
         elif trainer.global_rank == self.rank:
-            pl_module.evaluate = unfit
+            pl_module.evaluate = unfit if self.how == "validation" else one_by_one

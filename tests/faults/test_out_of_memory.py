@@ -266,6 +266,8 @@ def test_an_update_of_all_weights_that_does_not_fit_goes_back_to_the_checkpoint(
     outcome = command_line("fit", *args, "--name", "small")
     assert outcome.code == 0, outcome.err
     assert "going back to epoch=0.40-step=2: 1 steps are redone" in outcome.out
+    (event,) = outcome.run("small").read()["events"]
+    assert (event["step"], event["kind"]) == (4, "out_of_memory")
     assert_same(outcome, "small", bound=0.0)
     assert outcome.run("small").read()["status"] == "finished"
 
@@ -286,6 +288,17 @@ def test_an_adapters_update_that_does_not_fit_twice_stops_with_the_steps_before_
     resumed = command_line("fit", *args, "--ckpt_path", "last")
     assert resumed.code == 0, resumed.err
     assert_same(resumed, "run", bound=0.0)
+
+
+@pytest.mark.usefixtures("device")
+def test_a_first_update_that_does_not_fit_twice_claims_no_save(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_out_in_update(monkeypatch, 1, 2)
+    outcome = command_line("fit", *fit_args, *LORA, *NO_REHEARSAL)
+    assert outcome.code == 2
+    assert "The update was undone; make room on the device" in outcome.err
+    assert not outcome.run().has_checkpoint()
 
 
 def run_out_in_update(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
@@ -310,7 +323,8 @@ def test_evaluation_that_does_not_fit_gives_the_same_figures(
     config = run.path / "config.yaml"
     outcome = command_line("validate", "--config", config, "--ckpt_path", "best", root=False)
     assert outcome.code == 0, outcome.err
-    assert "out of memory in the evaluation" in outcome.out
+    assert "out of memory in the evaluation of step 10 (4 rows at once" in outcome.out
+    assert {event["step"] for event in run.read()["events"]} == {10}  # of the weights measured
     for name, value in run.read()["results"][-1]["metrics"].items():
         assert value == pytest.approx(expected[name], rel=1e-6)
 
@@ -336,6 +350,10 @@ def test_answers_that_do_not_fit_are_written_a_few_at_a_time(
     outcome = command_line("fit", *args, "--generations.max_new_tokens", "3")
     assert outcome.code == 0, outcome.err
     assert max(sizes) > 2 and sizes.count(2) >= 2
+    (event,) = outcome.run().read()["events"]  # once: from then on two are asked at a time
+    assert event["step"] == 0 and event["kind"] == "out_of_memory"
+    assert "in the generation of step 0 (4 rows at once, longest" in event["event"]
+    assert event["event"] in outcome.out
 
 
 def test_one_row_that_does_not_fit_is_a_clear_stop(

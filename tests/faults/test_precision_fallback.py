@@ -99,6 +99,27 @@ def test_a_lowered_precision_stays_when_the_run_goes_on(
     assert ours == theirs
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_what_was_trained_in_a_lowered_precision_is_measured_in_it(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    spoil(monkeypatch, 3, lambda: in_autocast(torch.bfloat16))
+    args = [*fit_args, *NO_REHEARSAL, "--trainer.precision", "bf16-mixed"]
+    run = command_line("fit", *args).run()
+    original, seen = SFT.evaluate, []
+
+    def watched(self: SFT, micro_batch: Any) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        original(self, micro_batch)
+
+    monkeypatch.setattr(SFT, "evaluate", watched)
+    config = run.path / "config.yaml"
+    outcome = command_line(verb, "--config", config, "--ckpt_path", "best", root=False)
+    assert outcome.code == 0, outcome.err
+    assert "precision: 32-true, lowered earlier in this run" in outcome.out
+    assert seen and not any(seen)
+
+
 def test_16_bit_lowers_its_scale_and_skips_no_step(
     command_line: CommandLine, fit_args: list[str]
 ) -> None:

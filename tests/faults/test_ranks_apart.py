@@ -29,6 +29,18 @@ def test_a_rank_out_of_memory_with_a_part_of_the_weights_is_a_clear_end(
 
 
 @pytest.mark.timeout(200)
+def test_a_rank_out_of_memory_in_a_validation_names_the_step_that_was_taken(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    spoil = [*SPOIL, "1", "--trainer.callbacks.how", "several", "--vram_guard.rehearse", "false"]
+    args = [*fit_args, *spoil, "--trainer.max_steps", "2"]
+    ended = fit_on_ranks(tmp_path, "fsdp2", 2, *args, seconds=LATEST)
+    assert ended.returncode == 1, ended.stderr
+    assert "rank 1 ran out of memory in the evaluation of step 2 (" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_a_killed_rank_ends_the_others_and_the_run_can_be_resumed(
     strategy: str, fit_args: list[str], tmp_path: Path
