@@ -155,8 +155,9 @@ def test_a_requeued_job_takes_over_from_its_start_on_another_machine(
     RunLock(folder, "fit").release()
 
 
-def test_an_owner_record_cut_off_by_a_crash_is_stale(folder: Path) -> None:
-    (folder / OWNER).write_text('{"pid": 1')
+@pytest.mark.parametrize("left", ['{"pid": 1', "5"])
+def test_an_owner_record_cut_off_by_a_crash_is_stale(folder: Path, left: str) -> None:
+    (folder / OWNER).write_text(left)
     RunLock(folder, "fit").release()
 
 
@@ -207,6 +208,22 @@ def test_runs_started_at_the_same_instant_get_folders_of_their_own(tmp_path: Pat
     for process in processes:
         process.join(30)
     assert taken == [f"version_{i}" for i in range(4)]
+
+
+def test_a_root_below_the_home_is_found_by_its_tilde(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "home.yaml"
+    config.write_text("trainer: {default_root_dir: ~/runs, max_steps: 1}\n")
+    done = command_line("fit", *fit_args, "--config", config, root=False)
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "lightning_logs" / "run" / "version_0" / "run.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_finished_run_is_never_written_to_by_another_fit(
