@@ -18,6 +18,7 @@ from fine_tune.callbacks.stop_signals import (
     StopSignals,
 )
 from fine_tune.callbacks.test_openings import TestOpenings
+from fine_tune.errors import UserError
 from fine_tune.loggers import METRICS_FILE, MetricsCSV, default_loggers
 from fine_tune.modules.run_identity import Change, run_identity
 from fine_tune.provenance import check_same_run, record_origin, with_identity
@@ -82,11 +83,12 @@ class FolderCLI(SettingsCLI):
         done = record.get("status") == "finished" and self.subcommand == "fit"
         self._is_finished = done and record.get("num_steps", 0) >= self.plan.num_steps
         run = claim(self.place, self.settings.name, self.root)
-        self._run = run
+        if is_first_process() and self._lock is None:  # one that goes back has it already
+            self._lock = RunLock(run.path, str(self.subcommand))
+            self._check_unchanged(record)
+            tee_to(run.path / "train.log")
+        self._run = run  # from here on this process writes into it, its report too
         if is_first_process():
-            if self._lock is None:  # a run that goes back to a checkpoint comes here again
-                self._lock = RunLock(run.path, str(self.subcommand))
-                tee_to(run.path / "train.log")
             self._record_origin()
         for note in self.place.notes:
             log.info("WARNING: %s", note)
@@ -121,11 +123,12 @@ class FolderCLI(SettingsCLI):
         # With several processes all must agree on the checkpoint, so its files are compared before they start.
         several = check_trainer(self.settings.trainer) > 1
         configs, asked = self.settings.config or [], self.settings.get("ckpt_path")
-        if self._goes_back:
-            configs, asked = [self.run_folder.path / "config.yaml"], "last"
+        begun = self.run_folder if self._goes_back else None if asked else self._before_requeue()
+        if begun is not None:
+            configs, asked = [begun.path / "config.yaml"], "last"
         return find_place(
             str(self.subcommand),
-            asked or self._before_requeue(),
+            asked,
             name=self.settings.name,
             root=self.root,
             configs=[str(config) for config in configs],
@@ -139,6 +142,14 @@ class FolderCLI(SettingsCLI):
             if self.subcommand == "fit" and not self._is_finished:
                 return default_loggers(run.path, keep_until=self.place.step)
             return [MetricsCSV(run.path)]
+
+    def _check_unchanged(self, record: dict[str, Any]) -> None:
+        """Refuse to go on from a place that another process has gone on from before this one had the lock."""
+        run = self.place.run
+        if self.subcommand == "fit" and run is not None and run.read() != record:
+            raise UserError(
+                f"run folder '{run.path}': another process has gone on with it meanwhile; give the command again"
+            )
 
     def _check_same_run(self) -> None:
         self.identity: dict[str, Any] = {}
@@ -197,14 +208,14 @@ class FolderCLI(SettingsCLI):
 
     # ---- beginnings and ends
 
-    def _before_requeue(self) -> str | None:
-        """Find the last checkpoint of the same SLURM job's earlier start: the command line is the same."""
-        run = runs.version_of_job(self.root, self.settings.name, str(slurm.job_id()))
-        if self.subcommand != "fit" or not slurm.was_requeued() or run is None:
+    def _before_requeue(self) -> runs.RunFolder | None:
+        """Find what the same SLURM job's earlier start has saved: the command line is the same."""
+        if self.subcommand != "fit" or not slurm.was_requeued():
             return None
-        log.info("SLURM started job %s again: going on in %s", slurm.job_id(), run.path)
-        last = run.checkpoint("last")
-        return str(last) if last is not None else None
+        run = runs.version_of_job(self.root, self.settings.name, str(slurm.job_id()))
+        if run is not None:
+            log.info("SLURM started job %s again: going on in %s", slurm.job_id(), run.path)
+        return run
 
     def _end(self, error: Stopped | Exception) -> None:
         if self._run is None:

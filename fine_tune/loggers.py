@@ -48,11 +48,15 @@ class MetricsCSV(Logger):
         ] = []  # the last row, after those an error kept from the file
         self._failing = False
         if self.file.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
-            self._written_until = self.file.stat().st_size
+            content = self.file.read_bytes()
+            # what a power failure left behind the last whole row is half a row, or bytes of zero
+            self._written_until = content.rfind(b"\n") + 1
             rows = self._read()
-            with open(self.file, newline="") as handle:
-                self._columns = next(csv.reader(handle), self._columns)
+            header = io.StringIO(content[: self._written_until].decode(), newline="")
+            self._columns = next(csv.reader(header), self._columns)
             if keep_until is not None:
+                if self._written_until < len(content):
+                    log.info("WARNING: %s ends in half a row, which is left out", self.file)
                 rows = [row for row in rows if int(row["step"]) <= keep_until]
                 self._rewrite(rows[:-1], self._columns)
                 self._tail = rows[-1:]

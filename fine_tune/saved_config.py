@@ -77,7 +77,7 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, Namespace):
         return Namespace(**{key: _without_secrets(item) for key, item in vars(value).items()})
     if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items()}
+        return {_without_secrets(key): _without_secrets(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_secrets(item) for item in value]
     return redacted(value) if isinstance(value, str) else value

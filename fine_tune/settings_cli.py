@@ -1,5 +1,6 @@
 """The settings of fit, validate, test and predict: parsed, and held against all that needs no weights."""
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -159,6 +160,8 @@ class SettingsCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         trainer = self.settings.trainer
+        if trainer.default_root_dir:  # in a YAML, no shell has taken ~ for the home
+            trainer.default_root_dir = os.path.expanduser(trainer.default_root_dir)
         problems = trainer_problems(trainer)
         problems += grid_problems(self.settings.get("grid_gco2e_per_kwh"))
         if trainer.plugins:

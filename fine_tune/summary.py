@@ -159,8 +159,9 @@ def evaluation(run: RunFolder, count: int = 1) -> list[str]:
 
 
 def _config(run: RunFolder) -> str:
-    """The run's settings as one word of a command line."""
-    return shlex.quote(str(run.path / "config.yaml"))
+    """The run's settings as one word of a command line, which is no flag."""
+    config = str(run.path / "config.yaml")
+    return shlex.quote(f"./{config}" if config.startswith("-") else config)
 
 
 def _is_of(name: str, result: dict[str, Any]) -> bool:

@@ -107,13 +107,16 @@ def _data(run: RunFolder) -> Any:
 
 
 def _facts(run: RunFolder, step: int) -> list[str]:
-    lines = []
-    with open(run.path / METRICS_FILE, newline="") as handle:
-        row = next((row for row in csv.DictReader(handle) if int(row["step"]) == step), {})
+    lines, row = [], dict[str, str]()
+    if (metrics := run.path / METRICS_FILE).is_file():
+        with open(metrics, newline="") as handle:
+            found = (row for row in csv.DictReader(handle) if row.get("step") == str(step))
+            row = next(found, {})
     shown = [f"{name} {row[name]}" for name in SHOWN_METRICS if row.get(name)]
-    lines.append(
-        "  ".join(shown) if shown else "its loss was not logged (trainer.log_every_n_steps)"
-    )
+    unknown = "its loss was not logged (trainer.log_every_n_steps)"
+    if not metrics.is_file():
+        unknown = f"its loss is not known: {metrics} is missing"
+    lines.append("  ".join(shown) or unknown)
     record = run.read()
     for name in ("events", "changes"):
         for entry in (e for e in record.get(name, []) if e["step"] == step):

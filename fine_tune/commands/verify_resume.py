@@ -123,7 +123,13 @@ def verify_resume(settings: list[str], steps: int | None, seed: int) -> bool:
         *("--data.cache_dir", str(plan.settings.data.init_args.cache_dir)),
         *("--test_at_end", "false", "--generations.rows", "0", "--report", "null"),
     ]
-    straight, killed = _both_runs(common, killed_at, root / LOGS, console)
+    try:
+        straight, killed = _both_runs(common, killed_at, root / LOGS, console)
+    except UserError as error:
+        raise UserError(*error.problems, f"verify-resume: what was written is in {root}") from error
+    except BaseException:  # Ctrl-C
+        shutil.rmtree(root, ignore_errors=True)
+        raise
     verdicts = compare(straight, killed)
     console.print(_table(verdicts))
     equal = not any(verdict.differs for verdict in verdicts)

@@ -215,7 +215,7 @@ def unfinished_version(root: Path, name: str) -> RunFolder:
 def version_of_job(root: Path, name: str, slurm_job: str) -> RunFolder | None:
     """Return the newest version with a checkpoint that this SLURM job wrote to, or None."""
     of_job = [run for run in versions(root, name) if run.read().get("slurm_job") == slurm_job]
-    return next((run for run in reversed(of_job) if run.checkpoint("last")), None)
+    return next((run for run in reversed(of_job) if run.has_checkpoint()), None)
 
 
 def newest_with_checkpoint(root: Path, name: str, which: str) -> RunFolder:

@@ -90,7 +90,7 @@ class RunLock:
             return dict(json.loads(self._owner.read_text()))
         except FileNotFoundError:
             return {}
-        except ValueError:  # cut off by a crash of this machine
+        except (ValueError, TypeError):  # cut off by a crash of this machine
             return {"host": socket.gethostname()}
 
     def _write_owner(self, verb: str) -> None:

@@ -81,7 +81,7 @@ def test_no_secret_reaches_the_run_folder(
         "--purpose",
         f"with {SECRETS['DB_PASSWD']}",
         "--licences",
-        f"{{all: {SECRETS['MY_PWD_OF_ALL']}}}",
+        f"{{all: {SECRETS['MY_PWD_OF_ALL']}, {SECRETS['OPENAI_API_KEY']}: MIT}}",
     ]
     more += ["--checkpoint.every", "1"]
     monkeypatch.setenv("WANDB_MODE", "offline")  # W&B would keep the process's arguments

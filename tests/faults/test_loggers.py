@@ -62,6 +62,18 @@ def test_a_validation_after_reopening_joins_the_row_of_its_step(tmp_path: Path) 
     assert rows(tmp_path)[1:] == ["1,,1,,,,", "2,,2,,,,5", "3,,6,,,,"]
 
 
+@pytest.mark.parametrize("left", [b"1", b"3,,7", bytes(40)], ids=["number", "row", "zeros"])
+def test_half_a_row_that_a_power_failure_left_is_no_row(tmp_path: Path, left: bytes) -> None:
+    """The 1 is what was written of step 12."""
+    logger = MetricsCSV(tmp_path)
+    for step in range(1, 3):
+        logger.log_metrics({"train/loss": step}, step=step)
+    with open(logger.file, "ab") as handle:
+        handle.write(left)
+    MetricsCSV(tmp_path, keep_until=9).log_metrics({"train/loss": 5}, step=10)
+    assert rows(tmp_path)[1:] == ["1,,1,,,,", "2,,2,,,,", "10,,5,,,,"]
+
+
 def test_a_failing_wandb_is_one_line_and_the_run_goes_on(
     command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

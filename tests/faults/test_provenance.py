@@ -133,6 +133,20 @@ def test_a_mistake_in_explain_step_is_one_line(
         assert message in told.err
 
 
+def test_explain_step_shows_the_rows_of_a_run_whose_metrics_are_damaged_or_gone(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "2").run()
+    metrics = run.path / "metrics.csv"
+    metrics.write_bytes(metrics.read_bytes().splitlines()[0] + b"\n\0\0\n")
+    damaged = command_line("explain-step", run.path, 1)
+    assert damaged.code == 0 and "its loss was not logged" in damaged.out
+    metrics.unlink()
+    gone = command_line("explain-step", run.path, 1)
+    assert gone.code == 0 and f"its loss is not known: {metrics} is missing" in gone.out
+    assert "rank 0: " in gone.out
+
+
 def test_explain_step_stops_where_the_data_has_changed(
     command_line: CommandLine, fit_args: list[str], rows_file: Path
 ) -> None:

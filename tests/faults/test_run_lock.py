@@ -16,6 +16,11 @@ from fine_tune.runs.places import Place, claim
 from fine_tune.runs.run_folder import RunFolder, new_version
 from fine_tune.runs.run_lock import LOCK, OWNER, TAKE_OVER_VARIABLE, RunLock
 
+STOP_AT_4 = [
+    *("--trainer.callbacks+=signal_at.SignalAt", "--trainer.callbacks.name=SIGTERM"),
+    "--trainer.callbacks.step=4",
+]
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -46,6 +51,40 @@ def test_a_second_process_on_a_run_folder_is_refused_and_the_first_goes_on(
     assert process.returncode == 0, err
     assert_same_run(straight, straight)
     assert run.read()["status"] == "finished"
+
+
+def test_a_start_that_is_refused_writes_nothing_into_the_folder(
+    command_line: CommandLine, fit_args: list[str]
+) -> None:
+    run = command_line("fit", *fit_args, "--checkpoint.every", "2").run()
+    lock = RunLock(run.path, "fit")
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
+    again = ["--config", run.path / "config.yaml", "--ckpt_path", "last", "--report", "en"]
+    refused = command_line("fit", *again, root=False)
+    lock.release()
+    assert refused.code == 2 and "is in use by process" in refused.err
+    (run.path / OWNER).touch()
+    after = {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
+    assert {p for p in before.keys() ^ after.keys() if p.name != OWNER} == set()
+    assert {p for p in before if p.name != OWNER and before[p] != after[p]} <= {run.path}
+
+
+def test_a_run_that_somebody_else_has_taken_further_meanwhile_is_not_thrown_back(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint was chosen, then the other process saved its last one and gave the folder back."""
+    run = command_line("fit", *fit_args, "--checkpoint.every", "2", *STOP_AT_4).run()
+
+    def lock_after_another(folder: Path, verb: str) -> RunLock:
+        RunFolder(folder).update({"status": "finished", "step": 10})
+        return RunLock(folder, verb)
+
+    monkeypatch.setattr("fine_tune.folder_cli.RunLock", lock_after_another)
+    again = ["--config", run.path / "config.yaml", "--ckpt_path", "last"]
+    refused = command_line("fit", *again, "--trainer.callbacks", "null", root=False)
+    assert refused.code == 2
+    assert "another process has gone on with it meanwhile" in refused.err
+    assert run.read()["step"] == 10 and not (run.path / OWNER).exists()
 
 
 def test_the_lock_of_a_killed_run_with_data_workers_is_taken_over(
@@ -116,8 +155,9 @@ def test_a_requeued_job_takes_over_from_its_start_on_another_machine(
     RunLock(folder, "fit").release()
 
 
-def test_an_owner_record_cut_off_by_a_crash_is_stale(folder: Path) -> None:
-    (folder / OWNER).write_text('{"pid": 1')
+@pytest.mark.parametrize("left", ['{"pid": 1', "5"])
+def test_an_owner_record_cut_off_by_a_crash_is_stale(folder: Path, left: str) -> None:
+    (folder / OWNER).write_text(left)
     RunLock(folder, "fit").release()
 
 
@@ -168,6 +208,22 @@ def test_runs_started_at_the_same_instant_get_folders_of_their_own(tmp_path: Pat
     for process in processes:
         process.join(30)
     assert taken == [f"version_{i}" for i in range(4)]
+
+
+def test_a_root_below_the_home_is_found_by_its_tilde(
+    command_line: CommandLine,
+    fit_args: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "home.yaml"
+    config.write_text("trainer: {default_root_dir: ~/runs, max_steps: 1}\n")
+    done = command_line("fit", *fit_args, "--config", config, root=False)
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "lightning_logs" / "run" / "version_0" / "run.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_finished_run_is_never_written_to_by_another_fit(

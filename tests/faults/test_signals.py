@@ -175,6 +175,27 @@ def test_slurm_is_asked_for_a_requeue_and_the_same_command_line_goes_on(
     assert_same_run(straight, requeued)
 
 
+@pytest.mark.parametrize("fault", ["damaged", "unrecorded"])
+def test_a_requeued_job_goes_on_from_the_newest_whole_checkpoint_of_its_folder(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Killed between a checkpoint's rename and its record, or with a last one that the disk did not keep."""
+    args = [*fit_args, "--checkpoint.every", "1", "--checkpoint.keep", "9"]
+    straight = command_line("fit", *args, "--name", "straight")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run = command_line("fit", *args, *signal_at("SIGTERM", step=6)).run()
+    *before, newest = run.read()["checkpoints"]
+    if fault == "unrecorded":
+        run.update({"checkpoints": before, "last": before[-1]["name"]})
+    else:
+        (run.checkpoints / newest["name"] / "model.safetensors").write_bytes(b"")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    requeued = command_line("fit", *args)
+    assert requeued.code == 0, requeued.err
+    assert run.read()["starts"][-1]["from_step"] == (6 if fault == "unrecorded" else 5)
+    assert_same_run(straight, requeued)
+
+
 def test_slurm_is_not_asked_for_a_requeue_after_sigterm(
     command_line: CommandLine,
     fit_args: list[str],

@@ -127,6 +127,17 @@ def test_a_mistake_in_the_config_is_told_before_anything_runs(
     assert "give at least 2" in outcome.err
 
 
+def test_what_a_run_that_failed_has_written_is_named(
+    command_line: CommandLine, fit_args: list[str], tmp_path: Path
+) -> None:
+    args = [*fit_args, "--trainer.default_root_dir", str(tmp_path), "--steps", "2"]
+    defect = ["--trainer.callbacks+=signal_at.Defect", "--trainer.callbacks.step=1"]
+    failed = command_line("verify-resume", *args, *defect)
+    assert failed.code == 2
+    left = next((tmp_path / "lightning_logs").glob(".verify_resume-*"))
+    assert f"what was written is in {left}" in failed.err
+
+
 @pytest.mark.parametrize("steps", ["0", "1", "-3"])
 def test_too_few_steps_are_refused(
     command_line: CommandLine, fit_args: list[str], steps: str

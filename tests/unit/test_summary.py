@@ -62,3 +62,9 @@ def test_the_commands_after_a_stop_can_be_pasted(run: RunFolder) -> None:
     run.update({"status": "finished"})
     validate = [*again[:3], "validate", *again[4:], "--ckpt_path", "best"]
     assert commands(summary.stopped(run, "fit", "SIGTERM")) == [validate]
+
+
+def test_the_command_that_goes_on_names_no_flag() -> None:
+    run = RunFolder(Path("-dash/lightning_logs/a b/version_0"))
+    told = summary.resume(run)
+    assert told.endswith("fit --config './-dash/lightning_logs/a b/version_0/config.yaml'")
