@@ -41,7 +41,7 @@ class FullyShard(ModelParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         module: Any = self.lightning_module
-        if not is_sharded(module.model):
+        if self.world_size > 1 and not is_sharded(module.model):  # one device has all there is
             shard(module.model, module.blocks, self.device_mesh["data_parallel"])
         super().setup(trainer)
 

@@ -179,7 +179,7 @@ class Checkpoints(Checkpoint):
                 "rotated": rotated,
                 "best": best["name"],
                 "best_step": best["step"],
-                "best_score": best["score"],
+                "best_score": best.get("score"),
                 "monitor": self.monitor,
                 "mode": self.mode,
                 "last": saved["name"],

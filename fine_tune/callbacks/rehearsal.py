@@ -24,6 +24,7 @@ from fine_tune.shards import is_sharded
 log = logging.getLogger("fine_tune")
 GB = 1e9
 FIRST_TIME_SECONDS = 2.0
+FEW_TOKENS = 8  # written where memory is not what may run out
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearse
         worst = memory.peak()
         if "validation" in plan.num_rows:
             _worst_validation(trainer, pl_module, data)
-            _worst_answers(trainer, pl_module, data)
+            _worst_answers(trainer, pl_module, data, memory)
             worst = max(worst, memory.peak())
         num_bytes, save_seconds = _save_and_reload(trainer)  # with the optimizer's state
     memory.clear_cache()
@@ -181,7 +182,7 @@ def _worst_validation(trainer: Trainer, pl_module: Any, data: Any) -> None:
         pl_module.validation_step(batch, 0)
 
 
-def _worst_answers(trainer: Trainer, pl_module: Any, data: Any) -> None:
+def _worst_answers(trainer: Trainer, pl_module: Any, data: Any, memory: DeviceMemory) -> None:
     asked = next((c for c in trainer.callbacks if isinstance(c, Generations)), None)  # type: ignore[attr-defined]
     if asked is None or not asked.asks(trainer, pl_module):
         return
@@ -190,7 +191,10 @@ def _worst_answers(trainer: Trainer, pl_module: Any, data: Any) -> None:
     rows = data.rows("validation")
     prompts = [prompt_and_answer(row)[0] for row in rows.select(range(min(asked.rows, len(rows))))]
     longest = max(prompts, key=len)
-    pl_module.generate([longest] * min(len(prompts), BATCH_ROWS), min(asked.max_new_tokens, 8), [])
+    tokens = asked.max_new_tokens
+    if not memory.can_run_out:
+        tokens = min(tokens, FEW_TOKENS)
+    pl_module.generate([longest] * min(len(prompts), BATCH_ROWS), tokens, [])
 
 
 def _save_and_reload(trainer: Trainer) -> tuple[int, float]:

@@ -19,6 +19,9 @@ from fine_tune.errors import UserError
 log = logging.getLogger("fine_tune")
 LOGS = "lightning_logs"
 RECORD = "run.json"
+# lists of mappings in the record, with what those of all versions have
+LISTS: dict[str, tuple[str, ...]] = {"checkpoints": ("name", "step")}
+LISTS |= {name: () for name in ("starts", "events", "results", "changes")}
 _ONE_UPDATE = threading.Lock()  # checkpoints are recorded by the thread that writes them
 _NO_EVENTS: set[Path] = set()  # records of which it was told that an event could not be noted
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -55,12 +58,11 @@ class RunFolder:
             raise UserError(f"{file}: the run's record is damaged: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{file}: the run's record is damaged: it is no mapping")
-        saved = record.get("checkpoints", [])
-        if not isinstance(saved, list) or not all(
-            isinstance(c, dict) and "name" in c for c in saved
-        ):
+        wrong = [name for name, keys in LISTS.items() if not _is_list(record.get(name, []), keys)]
+        if wrong:
             raise UserError(
-                f"{file}: the run's record is damaged: its checkpoints are no list of them"
+                f"{file}: the run's record is damaged: {', '.join(wrong)} must be a list of mappings, as this version "
+                "writes them; put back a copy of the file"
             )
         return record
 
@@ -118,6 +120,11 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Return whether any checkpoint lies in the folder, in the record or not, whole or not."""
         return any(path.is_dir() for path in self.checkpoints.glob("epoch=*-step=*"))
+
+
+def _is_list(value: Any, keys: tuple[str, ...]) -> bool:
+    """Whether it is a list of mappings that all have these keys."""
+    return isinstance(value, list) and all(isinstance(v, dict) and {*keys} <= {*v} for v in value)
 
 
 def status_of(record: Mapping[str, Any], *, is_owned: bool) -> str:

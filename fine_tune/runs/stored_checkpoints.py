@@ -46,7 +46,7 @@ def stored(run: RunFolder) -> list[dict[str, Any]]:
 def ranked(checkpoints: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
     """Return those with a finite score, the best first; among equals the earlier."""
     sign = 1 if mode == "min" else -1
-    scored = [c for c in checkpoints if c["score"] is not None and math.isfinite(c["score"])]
+    scored = [c for c in checkpoints if c.get("score") is not None and math.isfinite(c["score"])]
     return sorted(scored, key=lambda c: (sign * float(c["score"]), c["step"]))
 
 

@@ -525,3 +525,20 @@ def assert_same_weights(one: RunFolder, other: RunFolder) -> None:
         for run in (one, other)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("entry", [{"checkpoints": [{"name": "epoch=1.00-step=5"}]}, {"starts": 3}])
+def test_a_record_of_another_form_is_refused_and_not_written_over(
+    command_line: CommandLine, fit_args: list[str], entry: dict[str, Any]
+) -> None:
+    run = command_line("fit", *fit_args, "--trainer.max_steps", "1").run()
+    file = run.path / "run.json"
+    changed = json.dumps({**run.read(), **entry})
+    file.write_text(changed)
+    config = run.path / "config.yaml"
+    refused = command_line(
+        "fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "2", root=False
+    )
+    assert refused.code == 2
+    assert f"{file}: the run's record is damaged: {next(iter(entry))} must be a list" in refused.err
+    assert file.read_text() == changed

@@ -28,6 +28,15 @@ def test_a_rank_out_of_memory_with_a_part_of_the_weights_is_a_clear_end(
     assert went_on.returncode == 0, went_on.stderr
 
 
+def test_fsdp2_on_one_device_cuts_nothing_and_takes_its_rows_again(
+    fit_args: list[str], tmp_path: Path
+) -> None:
+    args = [*fit_args, *SPOIL, "0", "--trainer.max_steps", "4"]
+    done = fit_on_ranks(tmp_path, "fsdp2", 1, *args, seconds=LATEST)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory in the step of step 3 (" in done.stdout
+
+
 @pytest.mark.timeout(200)
 def test_a_rank_out_of_memory_in_a_validation_names_the_step_that_was_taken(
     fit_args: list[str], tmp_path: Path
