@@ -38,8 +38,8 @@ class TextData(StepData):
         max_tokens_per_micro_batch: Padded tokens per forward pass on one device: lower it when memory is short, the
             result stays the same. None: 8 rows, fewer on a CPU. auto: what fits with 10 % of the memory to spare.
         epochs: Passes over the training rows. None: 1, or as many as ``trainer.max_steps`` takes.
-        curriculum: none draws rows in a new order each epoch; length takes rows of short documents first, field those
-            with a small ``curriculum_field``.
+        curriculum: none draws rows in a new order each epoch; length takes short documents first, field those with a
+            small ``curriculum_field``: a row then holds documents that are alike, and is a little less full.
         curriculum_field: A number in every row of the data, like a year or a level.
         max_rows: At most so many documents per split (the first ones): ``{train: 5000}``, or one number.
         eval_batch_size: Rows per validation or test batch; the result does not depend on it. None: ``batch_size``.

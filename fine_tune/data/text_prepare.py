@@ -1,10 +1,10 @@
 """Texts -> packed rows per split on disk, once: streamed, split by document, tokenized, packed, written as they come.
 
 Memory holds a batch of documents and a window of pieces, however many there are; training maps the rows from the disk.
+With a curriculum, training documents are packed in its order, once all have come.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,13 +22,14 @@ from fine_tune.data.options import Options
 from fine_tune.data.sources import SPLIT_NAMES, Source
 from fine_tune.data.split import SPLITS
 from fine_tune.data.text_facts import HASH_BYTES, count_repeated, text_facts
+from fine_tune.data.text_order import DocumentSorter, difficulty_of
 from fine_tune.data.text_rows import PackedRow, Packer
 from fine_tune.data.token_cache import PreparedData, TokenCache
 from fine_tune.errors import UserError
 
 RATIOS = {"train": 0.96, "validation": 0.02, "test": 0.02}
 DOCUMENTS_AT_ONCE, ROWS_AT_ONCE = 1_000, 500
-HASHES = "train.hashes"
+HASHES, UNSORTED = "train.hashes", "train.unsorted"
 LONGEST_TEXT = 2**20  # characters tokenized at once; longer documents are cut before a space
 FEATURES = Features(
     {
@@ -74,6 +75,7 @@ class _Split:
     held: list[dict[str, Any]] = field(default_factory=list)
     difficulties: dict[int, float] = field(default_factory=dict)
     hashes: BinaryIO | None = None  # of training documents, to find the repeated ones
+    sorter: DocumentSorter | None = None  # of training documents, for a curriculum
 
 
 def prepare_text(
@@ -143,7 +145,7 @@ def _packed(
             words = hashlib.sha256(" ".join(document.text.split()).encode()).digest()
             name = given or _side(words, options.split)
             if name not in splits:
-                splits[name] = _open(name, options, scratch, stack)
+                splits[name] = _open(name, source, options, scratch, stack)
             split = splits[name]
             if split.num_documents >= limits.get(name, split.num_documents + 1):
                 continue
@@ -159,6 +161,7 @@ def _packed(
                 batch = []
         _add(splits, batch, tokenizer, source)
         for split in splits.values():
+            _pack_sorted(split)
             _write(split, split.packer.rest(), last=True)
     _refuse_empty(splits, options)
     rows = {name: Dataset.from_file(str(splits[name].file)) for name in SPLITS if name in splits}
@@ -178,12 +181,18 @@ def _side(words: bytes, split: Any) -> str:
     return "train"
 
 
-def _open(name: str, options: Options, scratch: Path, stack: ExitStack) -> _Split:
+def _open(
+    name: str, source: TextSource, options: Options, scratch: Path, stack: ExitStack
+) -> _Split:
     assert options.max_length is not None
     file = scratch / f"{name}.arrow"
     writer = stack.enter_context(ArrowWriter(path=str(file), features=FEATURES))
     hashes = stack.enter_context((scratch / HASHES).open("wb")) if name == "train" else None
-    return _Split(writer, Packer(options.max_length), file, hashes=hashes)
+    split = _Split(writer, Packer(options.max_length), file, hashes=hashes)
+    if name == "train" and source.sorted_by is not None:
+        handle = stack.enter_context((scratch / UNSORTED).open("wb"))
+        split.sorter = DocumentSorter(scratch / UNSORTED, handle)
+    return split
 
 
 def _add(
@@ -204,8 +213,20 @@ def _add(
     for (number, name, document), parts in zip(batch, texts, strict=True):
         ids = [first, *(token for _ in parts for token in next(encoded)), tokenizer.eos_token_id]
         split = splits[name]
-        if source.sorted_by is not None:
-            split.difficulties[number] = _difficulty(document, source.sorted_by, len(ids))
+        by = source.sorted_by
+        difficulty = 0.0 if by is None else difficulty_of(document, by, len(ids))
+        if split.sorter is not None:
+            split.sorter.add(number, ids, difficulty)
+        else:
+            _write(split, split.packer.add(number, ids))
+
+
+def _pack_sorted(split: _Split) -> None:
+    if split.sorter is None:
+        return
+    split.packer.window = split.sorter.window
+    for number, ids, difficulty in split.sorter.easiest_first():
+        split.difficulties[number] = difficulty
         _write(split, split.packer.add(number, ids))
         if split.packer.is_empty:
             split.difficulties.clear()
@@ -219,21 +240,6 @@ def _parts(text: str) -> Iterator[str]:
         yield text[:end]
         text = text[end:]
     yield text
-
-
-def _difficulty(document: Document, sorted_by: str, num_tokens: int) -> float:
-    if sorted_by == "length":
-        return float(num_tokens)
-    value: Any = document.fields.get(sorted_by)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # a text, in a CSV
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(
-            f"{document.where}: '{sorted_by}' is no number ({value!r}); data.curriculum_field must be one in every row"
-        )
-    return number
 
 
 def _write(split: _Split, rows: Iterator[PackedRow], *, last: bool = False) -> None:

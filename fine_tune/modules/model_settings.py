@@ -21,6 +21,7 @@ from fine_tune.modules.checks import (
     stored_quantization_problems,
 )
 from fine_tune.modules.recomputing import Recomputing
+from fine_tune.modules.tokenizer_check import tokenizer_problems
 
 
 @dataclass
@@ -65,13 +66,17 @@ class ModelSettings:
         """Hold the data against the model's config, and LoRA against its layers, before weights load.
 
         Raises:
-            UserError: Rows longer than the model's positions, ids outside its vocabulary, unknown LoRA targets, a
-                warm-up longer than the planned epochs, or quantized weights that cannot be trained as asked.
+            UserError: Rows longer than the model's positions, ids outside its vocabulary, another model's tokenizer,
+                unknown LoRA targets, a warm-up longer than the planned epochs, or quantized weights that cannot be
+                trained as asked.
         """
         config = self.resolved_config(tokenizer)
         problems = stored_quantization_problems(config, self.quantization, self.lora)
         problems += attention_problems(self.attn_implementation)
         problems += plan_problems(plan, config, num_warmup_steps)
+        problems += tokenizer_problems(
+            tokenizer, self.tokenizer, self.model_name_or_path, self.revision
+        )
         problems += score_head_problems(config) if self.head == "score" else []
         self.take_stored(config)
         if self.continued_adapter is not None:

@@ -1,5 +1,6 @@
 """Every benchmark runs: its gate, its peers, ours, its ratios; at a size where the figures say nothing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def test_other_rows_on_a_cpu(row: str) -> None:
 @pytest.mark.parametrize("row", ["G1", "G2", "G3", "G4", "G5"])
 def test_the_gpus_rows_run_on_a_cpu_at_toy_size(row: str) -> None:
     assert "parity with T" in run("gpu", row)
+
+
+@pytest.mark.slow
+def test_a_mixture_is_measured_beside_a_dense_model() -> None:
+    command = [sys.executable, "-m", "benchmarks.mixture", "--toy", "--threads", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    active = re.search(r"active parameters, mixture / dense: median (\S+)", ended.stdout)
+    assert active is not None and float(active[1]) < 1.01  # the routers are all there is more
+    assert "bits per byte, mixture / dense: median" in ended.stdout
 
 
 def test_an_unknown_row_is_refused() -> None:

@@ -172,27 +172,40 @@ def test_a_dense_model_has_no_routers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_the_balance_loss_keeps_experts_busy(command_line: CommandLine, tmp_path: Path) -> None:
-    """Three seeds of a small sibling of pretrain_moe: at most twice the mean with it, more without."""
-    told = []
-    for seed in (1, 2, 3):
-        (balanced, layer), (left, layer_left) = (
-            _loads(command_line, tmp_path, seed, coefficient) for coefficient in (0.05, 0.0)
-        )
+@pytest.mark.timeout(1800)
+def test_the_balance_loss_keeps_experts_busy(
+    command_line: CommandLine, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three seeds of a small sibling of pretrain_moe: at most twice the mean with it, more without.
+
+    That is of all layers together, as transformers' loss is: what one layer gives an expert too much of, another may
+    give it too little, and the loss sees neither: layer by layer the load is above 2 (measured 2.0 to 2.4; without the
+    loss 7.1 to 7.9, of 8 at most), so no layer is held to more than 3.
+    """
+    seeds, told = (1, 2, 3), []
+    loads = {
+        (seed, coefficient): _loads(command_line, tmp_path, seed, coefficient)
+        for seed in seeds
+        for coefficient in (0.05, 0.0)
+    }
+    for (seed, coefficient), (together, of_layers) in loads.items():
+        layers = ", ".join(f"{load:.2f}" for load in of_layers)
+        which = "with" if coefficient else "without"
         told.append(
-            f"seed {seed}: max/mean load {balanced:.2f} with the balance loss (worst layer {layer:.2f}), "
-            f"{left:.2f} without ({layer_left:.2f})"
+            f"seed {seed}, {which} the balance loss: max/mean load {together:.2f}; layer by layer {layers}"
         )
-        print(told[-1])
-        assert balanced <= 2.0, told
-        assert balanced < left and layer < layer_left, told
+    with capfd.disabled():  # each command line takes what was printed before it
+        print("", *told, sep="\n")
+    for seed in seeds:
+        (balanced, layers), (left, layers_left) = loads[seed, 0.05], loads[seed, 0.0]
+        assert balanced <= 2.0 and max(layers) <= 3.0, told
+        assert balanced < left and max(layers) < max(layers_left), told
 
 
 def _loads(
     command_line: CommandLine, root: Path, seed: int, coefficient: float
-) -> tuple[float, float]:
-    """Return the load of all layers together, and of the worst one, on the validation texts."""
+) -> tuple[float, list[float]]:
+    """Return the load of all layers together, and of each, on the validation texts."""
     corpus = root / "corpus.txt"
     if not corpus.exists():
         facts = [
@@ -213,8 +226,8 @@ def _loads(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=4, router_aux_loss_coef=coefficient,
     )  # fmt: skip
     last = [row for row in run.metrics(name) if row["val_experts/load"]][-1]
-    worst = max(float(last[f"val_experts/load_{layer}"]) for layer in ("00", "01"))
-    return float(last["val_experts/load"]), worst
+    of_layers = [float(last[f"val_experts/load_{layer}"]) for layer in ("00", "01")]
+    return float(last["val_experts/load"]), of_layers
 
 
 def small(**fields: Any) -> Qwen3MoeConfig:

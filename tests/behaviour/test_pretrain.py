@@ -143,25 +143,52 @@ def test_a_run_goes_on_where_it_stopped(command_line: CommandLine, text_args: li
     assert_same_weights(whole.checkpoint("last"), again.run("half").checkpoint("last"))
 
 
-def test_a_curriculum_takes_the_easy_rows_first(model_folder: Path, tmp_path: Path) -> None:
-
+def test_a_curriculum_takes_the_easy_rows_first() -> None:
     difficulties = np.array([3.0, 1.0, 2.0, 1.0])
     sampler = StepSampler(np.ones(4), batch_size=2, num_steps=4, seed=0, difficulties=difficulties)
     steps = list(sampler)
     assert [sorted(difficulties[rows]) for rows in steps] == [[1, 1], [2, 3]] * 2
-    rows = [{"text": text, "year": 2000 + i % 7} for i, text in enumerate(texts(200))]
+    sampler.start = 3  # a run that goes on
+    assert list(sampler) == steps[3:]
+
+
+@pytest.mark.parametrize("curriculum", ["length", "field"])
+def test_a_curriculum_trains_on_documents_in_its_order(
+    model_folder: Path, tmp_path: Path, curriculum: str
+) -> None:
+    """Not only on rows in the order of their means: packed first, each row held short and long ones."""
+    rows = [{"text": text, "year": 1900 + i * 37 % 120} for i, text in enumerate(texts(900))]
     write_rows(tmp_path / "rows.jsonl", rows)
-    data = prepared(
-        tmp_path / "rows.jsonl",
-        model_folder,
-        tmp_path,
-        split="none",
-        max_length=64,
-        curriculum="field",
-        curriculum_field="year",
+    options = {"curriculum": curriculum, "split": "none", "max_length": 64}
+    field = {"curriculum_field": "year"} if curriculum == "field" else {}
+    data = prepared(tmp_path / "rows.jsonl", model_folder, tmp_path, **options, **field)
+    packed, batch_size = data.rows("train"), 4
+    num_steps = 2 * -(-len(packed) // batch_size)
+    sampler = StepSampler(
+        np.ones(len(packed)),
+        batch_size=batch_size,
+        num_steps=num_steps,
+        seed=0,
+        difficulties=data.difficulties(),
     )
-    years = data.difficulties()
-    assert years is not None and 2000 <= years.min() <= years.max() <= 2006
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    of_field = np.array([row["year"] for row in rows], dtype=float)
+    lengths = np.array([len(ids) for ids in tokenizer([row["text"] for row in rows])["input_ids"]])
+    sorted_by = of_field if curriculum == "field" else lengths
+    documents, steps = packed["documents"][:], list(sampler)
+    for epoch in (steps[: num_steps // 2], steps[num_steps // 2 :]):
+        assert sorted(row for step in epoch for row in step) == list(range(len(packed)))
+        met = [document for step in epoch for row in step for document in documents[row]]
+        order = list(dict.fromkeys(met))
+        assert sorted(order) == list(range(900))
+        tenths = [part.mean() for part in np.array_split(sorted_by[order], 10)]
+        ideal = [part.mean() for part in np.array_split(np.sort(sorted_by), 10)]
+        assert tenths == sorted(tenths)
+        assert np.abs(np.array(tenths) - ideal).max() < 0.02 * np.ptp(sorted_by)
+    means = [np.mean([sorted_by[d] for row in s for d in documents[row]]) for s in steps]
+    first_epoch = np.array(means[: num_steps // 2])
+    assert (np.diff(first_epoch) >= -0.01 * np.ptp(sorted_by)).all()
+    assert sum(map(len, packed["input_ids"])) / (64 * len(packed)) > 0.75
 
 
 def test_documents_are_found_again(model_folder: Path, tmp_path: Path, text_file: Path) -> None:
