@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plan_peaks
+from benchmarks.inputs import llama
+from fine_tune.memory import LiveBytes
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -45,3 +49,36 @@ def test_an_unknown_row_is_refused() -> None:
     ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert ended.returncode == 2
     assert "no row G1: cpu has C1" in ended.stderr
+
+
+class Counted(LiveBytes):
+    """A device that holds the tensors made while it is entered."""
+
+    can_run_out = False
+
+    def total(self) -> int:
+        return 2**34
+
+    def used(self) -> int:
+        return self.now.total()
+
+    reserved = allocated = used
+
+    def peak(self) -> int:
+        return self.at_peak.total()
+
+    def reset_peak(self) -> None:
+        self.start_peak()
+
+    def clear_cache(self) -> None: ...
+
+
+@pytest.mark.slow
+def test_a_plan_is_held_against_the_peak_of_real_runs() -> None:
+    toy = {"llama": {**llama(2, 64, 4096), "num_attention_heads": 4}}
+    with Counted([], lambda _: "all") as device:
+        found = list(plan_peaks.peaks(toy, (64,), device))
+    assert len(found) == len(plan_peaks.settings(toy, (64,))) >= 4
+    assert [peak for peak in found if abs(peak.off) > plan_peaks.NEAR] == []
+    assert plan_peaks.table(found).count("\n| llama |") == len(found)
+    assert len(plan_peaks.settings(plan_peaks.MODELS, plan_peaks.LENGTHS)) >= 16
