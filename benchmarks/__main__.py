@@ -18,7 +18,7 @@ from benchmarks.rows import ROWS, toy
 from benchmarks.training import TrainingBench
 
 CPU = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "growth")
-GPU = ("G1", "G2", "G3", "G4", "G5")
+GPU = ("G1", "G2", "G3", "G4", "G4-1.5B", "G5")
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ C4 and told apart in the others. Tokenization is in no rate.
 """
 
 from collections import defaultdict
+from dataclasses import asdict
 from typing import Any
 
-from benchmarks.harness import Measured, by_turns, told
+from benchmarks.harness import Measured, by_turns, reached, told
 from benchmarks.training import (
     Leg,
     TrainingBench,
@@ -16,6 +17,7 @@ from benchmarks.training import (
     compare_rates,
     lora_config,
     model_arguments,
+    our_line,
     peer_arguments,
     peer_losses,
     used_settings,
@@ -23,6 +25,7 @@ from benchmarks.training import (
 
 PEERS = ("TRL",)
 BETAS = (0.1, 0.3)
+NOISE = 2.0  # times as far from float32 as bf16 is anyway: still its noise
 
 
 def run_trl(**given: Any) -> Measured:
@@ -80,8 +83,51 @@ def _sum_in_float64(utils: Any) -> None:
 def compare(bench: TrainingBench, pairs: int, search: bool, more: str) -> None:
     """Run a row: parity, the peer's best, then all sides by turns."""
     bench.gate(PEERS)
+    if bench.name.startswith("G"):
+        _check_shared_prompts(bench)
     sides = bench.sides(bench.best_peer(search, PEERS), more)
     (_two_runs if bench.row.epochs > 1 else compare_rates)(bench, sides, pairs)
+
+
+def compare_shared(**given: Any) -> Measured:
+    """Return how far bf16 log-probabilities of a step's pairs lie from float32's, the prompt computed once or twice."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fine_tune.modules.pair_logps import pair_logps
+    from fine_tune.prepared_cli import prepare_as_fit
+
+    leg = Leg.of(given)
+    run = prepare_as_fit(our_line(leg)[1:])
+    run.datamodule.setup("fit")
+    device = torch.device(leg.row.device)
+    batch = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in run.datamodule.longest_rows("train").items()
+    }
+    model: Any = AutoModelForCausalLM.from_pretrained(leg.model, dtype=torch.float32).to(device)
+    with torch.no_grad():
+        exact_B2 = pair_logps(model.eval(), batch, shared=False).weighted(1.0)  # type: ignore[arg-type]
+        model = model.bfloat16()
+        found = {
+            name: pair_logps(model, batch, shared=shared).weighted(1.0)  # type: ignore[arg-type]
+            for name, shared in (("once", True), ("twice", False))
+        }
+    size = exact_B2.norm()
+    return {name: float((logps_B2 - exact_B2).norm() / size) for name, logps_B2 in found.items()}
+
+
+def _check_shared_prompts(bench: TrainingBench) -> None:
+    """End here unless a prompt computed once gives log-probabilities that bf16's noise does not tell from two's."""
+    leg = Leg(bench.row, str(bench.root), str(bench.folder()), str(bench.root / "rows.jsonl"))
+    apart = bench.leg("benchmarks.dpo:compare_shared", **asdict(leg))
+    once, twice = apart["once"], apart["twice"]
+    bench.say(
+        f"log-probabilities in bf16, from float32's, relative: prompt computed once {once:.1e}, twice {twice:.1e}; "
+        f"once / twice {reached(once / twice, at_most=NOISE)}"
+    )
+    if not once <= NOISE * twice:
+        raise SystemExit("not equal, no ratio")
 
 
 def _two_runs(bench: TrainingBench, sides: dict[str, dict[str, Any]], pairs: int) -> None:

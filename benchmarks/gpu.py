@@ -1,8 +1,9 @@
 """What a GPU could do: its matrix rate, measured in the same job, and the operations that a token needs."""
 
+import statistics
 from typing import Any
 
-from benchmarks.harness import Measured
+from benchmarks.harness import Measured, reached
 
 SIZE, TIMES = 8192, 20
 
@@ -40,11 +41,13 @@ def gigaflops_per_token(
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    kinds = (torch.nn.Linear, Conv1D)  # the latter GPT-2's
+    linear = [m for m in model.modules() if isinstance(m, kinds) and m is not head]
     layers, of_head = sum(m.weight.numel() for m in linear), head.weight.numel() * supervised
     attention = 2 * config["num_hidden_layers"] * config["hidden_size"] * length
     passes = (
@@ -57,3 +60,29 @@ def gigaflops_per_token(
         else (6, 6, 3)
     )
     return (passes[0] * layers + passes[1] * of_head + passes[2] * attention) / 1e9
+
+
+def say_rates(bench: Any, rates: dict[str, list[float]]) -> None:
+    """Say our tokens per second as a share of the matrix rate of the same job, and beside the target.
+
+    Args:
+        bench: A ``TrainingBench``.
+        rates: Tokens per second of each side's legs.
+    """
+    row = bench.row
+    possible = bench.leg("benchmarks.gpu:matmul_rate")["teraflops"]
+    length, share = row.prompt.mean + row.answer.mean, row.answer.mean / row.prompt.mean
+    supervised = 1.0 if row.task == "Pretrain" else share / (1 + share)
+    needed = gigaflops_per_token(
+        row.config, length, lora=row.lora, recomputed=False, supervised=supervised
+    )
+    bench.say(
+        f"matrices of bf16: {possible:.0f} TFLOP/s; a token needs {needed:.2f} GFLOP without recomputing (the head at "
+        f"{supervised:.0%} of the positions)"
+    )
+    for name in (name for name in rates if name.startswith("ours") and "," not in name):
+        rate = statistics.median(rates[name])
+        line = f"{name}: {rate:,.0f} tokens/s, {rate * needed / 1e3 / possible:.0%} of that rate"
+        if row.rate is not None:
+            line += f"; on one H200 {reached(rate, at_least=row.rate)}"
+        bench.say(line)

@@ -219,6 +219,17 @@ def told(measured: Measured) -> str:
     return f"seconds: {', '.join(shown)}; {memory}"
 
 
+def reached(
+    value: float, *, at_least: float | None = None, at_most: float | None = None, unit: str = ""
+) -> str:
+    """Say an absolute target and whether a value reaches it."""
+    wanted = at_least if at_least is not None else at_most
+    assert wanted is not None, "one of the two bounds is given"
+    is_reached = value >= wanted if at_least is not None else value <= wanted
+    bound = "least" if at_least is not None else "most"
+    return f"must: at {bound} {wanted:,g}{unit}: {'reached' if is_reached else 'missed'}"
+
+
 def machine(device: str, threads: int) -> list[str]:
     """Return the processor, what it has for bfloat16, and the GPU where one is used."""
     lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines()]

@@ -105,6 +105,7 @@ ROWS = {
         lora=True,
         device="cuda",
         targets={"best": (1.15, 1.3), "defaults": (1.5, 1.5)},
+        rate=45_000,
     ),
     "G2": Row(
         "SFT",
@@ -128,6 +129,7 @@ ROWS = {
         warmup=3,
         device="cuda",
         targets={"best": (1.3, 1.3)},
+        rate=350_000,
     ),
     "G4": Row(
         "SFT",
@@ -139,6 +141,7 @@ ROWS = {
         pairs=2,
         device="cuda",
         targets={"best": (1.3, 1.3)},
+        rate=130_000,
     ),
     "G5": Row(
         "DPO",
@@ -153,6 +156,7 @@ ROWS = {
         targets={"best": (1.6, 1.6)},
     ),
 }
+ROWS["G4-1.5B"] = replace(ROWS["G4"], config=QWEN_15B, rate=43_000)
 
 
 def toy(row: Row) -> Row:

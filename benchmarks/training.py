@@ -5,7 +5,6 @@ checkpointing, rows grouped by length, and what a search of its other settings f
 """
 
 import csv
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.gpu import gigaflops_per_token
+from benchmarks.gpu import say_rates
 from benchmarks.harness import Bench, Clock, Measured, by_turns, told
 from benchmarks.inputs import LORA, SEED, Length, save_model, write_rows
 
@@ -42,6 +41,7 @@ class Row:
         device: cpu or cuda.
         warmup: Steps at the start that are not counted.
         targets: By peer: what a release needs of the ratio, and what is aimed at.
+        rate: Tokens per second that are wanted of ours on one H200.
     """
 
     task: Literal["SFT", "DPO", "Pretrain"]
@@ -57,6 +57,7 @@ class Row:
     device: str = "cpu"
     warmup: int = 0
     targets: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rate: float | None = None
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -396,8 +397,8 @@ def compare_rates(bench: TrainingBench, sides: dict[str, dict[str, Any]], pairs:
         if "rehearsal" in leg["seconds"]:
             seconds = counted(leg) + leg["seconds"]["rehearsal"]
             rates[f"{name}, rehearsal counted"].append(bench.tokens / seconds)
-    if bench.row.device == "cuda":
-        _say_share_of_matmul_rate(bench, rates)
+    if bench.row.rate is not None or bench.row.device == "cuda":
+        say_rates(bench, rates)
     theirs = {name: "defaults" if "defaults" in name else "best" for name in sides}
     for name, kind in theirs.items():
         if name.startswith("ours") or kind not in bench.row.targets:
@@ -417,22 +418,3 @@ def counted(measured: Measured) -> float:
     """Return the seconds from the reference to the end of the last step, without what lies between."""
     seconds = measured["seconds"]
     return float(seconds.get("reference", 0.0) + seconds["steps"])
-
-
-def _say_share_of_matmul_rate(bench: TrainingBench, rates: dict[str, list[float]]) -> None:
-    row = bench.row
-    possible = bench.leg("benchmarks.gpu:matmul_rate")["teraflops"]
-    length, share = row.prompt.mean + row.answer.mean, row.answer.mean / row.prompt.mean
-    supervised = share / (1 + share)
-    needed = gigaflops_per_token(
-        row.config, length, lora=row.lora, recomputed=False, supervised=supervised
-    )
-    bench.say(
-        f"matrices of bf16: {possible:.0f} TFLOP/s; a token needs {needed:.2f} GFLOP without recomputing (the head at "
-        f"{supervised:.0%} of the positions)"
-    )
-    for name in (name for name in rates if name.startswith("ours") and "," not in name):
-        rate = statistics.median(rates[name])
-        bench.say(
-            f"{name}: {rate:,.0f} tokens/s, {rate * needed / 1e3 / possible:.0%} of that rate"
-        )

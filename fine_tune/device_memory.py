@@ -15,6 +15,7 @@ from fine_tune.container_memory import memory_limits
 PROCESS = Path(
     "/proc/self"
 )  # Linux keeps the largest size a process had since it was told to forget
+HEADROOM = 0.1  # of a device, left free where a run chooses how much it takes
 MEMORY_ERRORS = (RuntimeError, MemoryError)  # the types that memory's errors have
 LIBRARIES_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 
 from fine_tune.batches import Choice
-from fine_tune.device_memory import DeviceMemory, memory_of
+from fine_tune.device_memory import HEADROOM, DeviceMemory, memory_of
 from fine_tune.modules.memory_plan import CUDA_CONTEXT, MemoryPlanner
 from fine_tune.modules.memory_ways import Fitting, largest_budget, largest_rows, way_as_set
 from fine_tune.modules.recomputing import Recomputing
 
-HEADROOM = 0.1  # of the device, left free
 GIB = 2**30
 BUDGET, RECOMPUTING = "data.max_tokens_per_micro_batch", "model.gradient_checkpointing"
 

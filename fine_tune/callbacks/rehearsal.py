@@ -1,21 +1,23 @@
 """The worst step, validation, answers, a save and a reload, before the first step; then everything as it was."""
 
 import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
-from fine_tune.batches import data_of, most_tokens_at_once, plan_of
+from fine_tune.batches import cut_by_tokens, data_of, most_tokens_at_once, plan_of
 from fine_tune.callbacks.checkpoints import Checkpoints
 from fine_tune.callbacks.generations import BATCH_ROWS, Generations, prompt_and_answer
 from fine_tune.callbacks.progress import format_seconds
 from fine_tune.callbacks.unchanged import unchanged
-from fine_tune.device_memory import MEMORY_ERRORS, DeviceMemory, is_out_of_memory
+from fine_tune.device_memory import HEADROOM, MEMORY_ERRORS, DeviceMemory, is_out_of_memory
 from fine_tune.errors import UserError
-from fine_tune.ranks import any_rank
+from fine_tune.ranks import any_rank, from_all_ranks
 from fine_tune.runs.checkpoint import LEFTOVERS
 from fine_tune.runs.disk import format_bytes, free_bytes
 from fine_tune.runs.run_folder import run_of
@@ -25,6 +27,7 @@ log = logging.getLogger("fine_tune")
 GB = 1e9
 FIRST_TIME_SECONDS = 2.0
 FEW_TOKENS = 8  # written where memory is not what may run out
+Cut = Callable[[int, str], None]  # to a budget, and why
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,16 @@ def circumstances(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> dic
     }
 
 
-def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearsed:
+def rehearse(
+    trainer: Trainer, pl_module: Any, memory: DeviceMemory, cut: Cut | None = None
+) -> Rehearsed:
     """Run the worst of everything the run will do, and put all state back bit for bit.
 
     Args:
         trainer: A trainer about to train.
         pl_module: Its module, weights loaded.
         memory: The device's.
+        cut: Cuts the budget, where the plan chose it; None where it is the user's own.
 
     Raises:
         UserError: One row alone does not fit, or the optimizer's state, or a checkpoint does not.
@@ -86,6 +92,8 @@ def rehearse(trainer: Trainer, pl_module: Any, memory: DeviceMemory) -> Rehearse
         start = time.perf_counter()
         bytes_per_token = _worst_step(trainer, pl_module, batch, memory)
         step_seconds = time.perf_counter() - start
+        if cut is not None:
+            _leave_headroom(trainer, pl_module, batch, memory, cut, bytes_per_token)
         # The first time counts what libraries do once. All ranks time it again, or none: it waits for all.
         if any_rank(step_seconds < FIRST_TIME_SECONDS, pl_module.device, trainer.world_size):
             start = time.perf_counter()
@@ -135,6 +143,49 @@ def _worst_step(trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemo
     if not optimizer.state:  # else it is there already, and an update would change it
         _first_update(trainer, pl_module)
     return bytes_per_token
+
+
+def _leave_headroom(
+    trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory, cut: Cut, per_token: float
+) -> None:
+    """Cut the budget to the largest that leaves the headroom in the step and in the validation."""
+    longest = max(batch["lengths"])
+    per_row = (
+        per_token * longest
+    )  # with the gradient's share: too much, so that no first cut is too large
+    tried: list[tuple[int, float]] = []  # rows at once, and the peak
+    while True:
+        peak, room = _peak_within(trainer, pl_module, batch, memory)
+        rows = cut_by_tokens(batch["lengths"], pl_module.max_tokens_per_micro_batch)[0].stop
+        of_ranks = from_all_ranks((peak - room, peak, room, rows, per_row), trainer.world_size)
+        over, peak, room, rows, per_row = max(of_ranks)  # one cut for all
+        if over <= 0:
+            return
+        taken = f"{peak / GB:.3g} GB where {room / GB:.3g} leave {HEADROOM:.0%} of the device free"
+        why = f"rehearsed: {rows} rows of {longest:,} tokens at once take {taken}"
+        if rows == 1 or (tried and (rows >= tried[-1][0] or peak >= tried[-1][1])):
+            log.info("WARNING: %s; a smaller micro-batch would not", why)
+            return
+        if tried:
+            per_row = (tried[-1][1] - peak) / (tried[-1][0] - rows)
+        tried.append((rows, peak))
+        cut(max(1, rows - math.ceil(over / max(per_row, 1.0))) * longest, why)
+
+
+def _peak_within(
+    trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory
+) -> tuple[float, float]:
+    """Return the peak of what the budget cuts, and what it may be: the device less headroom and other processes."""
+    memory.clear_cache()
+    memory.reset_peak()
+    others = memory.used() - memory.reserved()
+    _gradients(trainer, pl_module, batch, memory)
+    if "validation" in plan_of(trainer).num_rows:
+        in_training = [module for module in pl_module.modules() if module.training]
+        _worst_validation(trainer, pl_module, data_of(trainer))
+        for module in in_training:
+            module.training = True
+    return memory.peak(), (1 - HEADROOM) * memory.total() - others
 
 
 def _gradients(trainer: Trainer, pl_module: Any, batch: Any, memory: DeviceMemory) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fine_tune.batches import StepFailure, log_interval, most_tokens_at_once, plan_of
+from fine_tune.batches import StepFailure, data_of, log_interval, most_tokens_at_once, plan_of
 from fine_tune.callbacks.rehearsal import circumstances, rehearse
 from fine_tune.device_memory import DeviceMemory, memory_of
 from fine_tune.errors import GoBack, RunStopped, UserError
@@ -31,8 +31,8 @@ class VRAMGuard(Callback):
     """Keep a run within its device's memory.
 
     Before the first step it rehearses the worst one (longest rows, optimizer, validation, generation, save and
-    reload) and leaves everything as it was. Out of memory, it halves the micro-batch budget and takes the same rows
-    again: same step, same learning rate, same gradient.
+    reload) and leaves everything as it was; a budget left to ``auto`` is cut until 10 % of the device stay free. Out
+    of memory, it halves the budget and takes the same rows again: same step, same learning rate, same gradient.
 
     Args:
         rehearse: Rehearse before the first step.
@@ -99,7 +99,9 @@ class VRAMGuard(Callback):
         now = circumstances(trainer, pl_module, self.memory)
         changed = self.rehearse and now != self._rehearsed and trainer.global_step < plan.num_steps
         if any_rank(changed, pl_module.device, trainer.world_size):  # together: devices may differ
-            rehearsed = rehearse(trainer, pl_module, self.memory)
+            cut = partial(self._cut_as_rehearsed, trainer, pl_module)
+            chosen = data_of(trainer).fills_memory
+            rehearsed = rehearse(trainer, pl_module, self.memory, cut if chosen else None)
             for line in rehearsed.lines:
                 log.info(line)
             self._rehearsed, self._bytes_per_token = now, rehearsed.bytes_per_token
@@ -216,6 +218,11 @@ class VRAMGuard(Callback):
         event = "out of memory in the optimizer's update; it was undone and taken again"
         self._record(trainer, failure.step, event, "out_of_memory")
         return True
+
+    def _cut_as_rehearsed(self, trainer: Trainer, pl_module: Any, budget: int, why: str) -> None:
+        budget = max(budget, self.min_tokens)
+        step = trainer.global_step + 1
+        self._cut(trainer, pl_module, budget, step, why, "nearly_full", alone=False)
 
     def _cut(
         self,

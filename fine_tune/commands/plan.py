@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from fine_tune.callbacks.progress import format_seconds
+from fine_tune.device_memory import HEADROOM
 from fine_tune.errors import UserError
 from fine_tune.exits import exit_code
-from fine_tune.memory_choices import HEADROOM
 from fine_tune.modules.memory_plan import CUDA_CONTEXT, MemoryPlanner, StepMemory
 from fine_tune.modules.memory_ways import Fitting, Way, largest_budget, largest_rows, ways_to_train
 from fine_tune.prepared_cli import PreparedCLI, prepare_as_fit

@@ -19,6 +19,7 @@ from fine_tune.losses import IGNORE_INDEX
 
 VARLEN, CAUSAL = "varlen", "causal"
 UNKNOWN = ("s_aux", "sliding_window", "position_bias")  # to torch's kernel, or to us of it
+NEEDED_OF_VARLEN = {"scale", "window_size", "enable_gqa"}  # arguments that not every torch has
 PROBE_LENGTHS = [9, 5, 3]
 
 
@@ -136,21 +137,50 @@ def attention_without_masks(model: Any, computes_in: torch.dtype) -> Iterator[st
         computes_in: The type it computes in; torch's kernel for packed rows takes 16 bit, on a GPU.
     """
     config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = layers != {"full_attention"} or getattr(config, "sliding_window", None) is not None
-    if config._attn_implementation != "sdpa" or windows or model.device.type == "cpu":
+    if config._attn_implementation != "sdpa" or _windowed(config) or model.device.type == "cpu":
         return
-    if model.device.type == "cuda" and computes_in != torch.float32 and _has_varlen():
+    if why_padded(model, computes_in) is None:
         yield VARLEN
     yield CAUSAL
 
 
-def _has_varlen() -> bool:
+def why_padded(model: Any, computes_in: torch.dtype) -> str | None:
+    """Say why torch's kernel for packed rows is not even tried on a GPU; None where it is, and on a CPU.
+
+    Args:
+        model: A causal language model.
+        computes_in: The type it computes in.
+    """
+    config, kind = model.config.get_text_config(), model.device.type
+    if kind == "cpu":
+        return None
+    if kind != "cuda":
+        return f"torch's kernel for packed rows is not there for {kind}"
+    if config._attn_implementation != "sdpa":
+        return f"torch's kernel for packed rows stands in for sdpa, not for {config._attn_implementation}"
+    if _windowed(config):
+        return "torch's kernel for packed rows is not used for a model that attends within windows"
+    if computes_in == torch.float32:
+        return "torch's kernel for packed rows takes 16 bit, and this computes in float32"
+    return _lacking_of_varlen()
+
+
+def _windowed(config: Any) -> bool:
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return layers != {"full_attention"} or getattr(config, "sliding_window", None) is not None
+
+
+def _lacking_of_varlen() -> str | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+        return (
+            f"torch {torch.__version__} has no kernel for packed rows (torch.nn.attention.varlen)"
+        )
+    lacking = sorted(NEEDED_OF_VARLEN - set(inspect.signature(varlen_attn).parameters))
+    if not lacking:
+        return None
+    return f"varlen_attn of torch {torch.__version__} takes no {', '.join(lacking)}"
 
 
 def same_logits(model: Any, attention: str | None, *, pack: bool) -> bool:

@@ -38,6 +38,7 @@ class SFT(StepModule):
     ) -> None:
         super().__init__(model_name_or_path=model_name_or_path, **kwargs)
         self.pack_rows, self.packs = pack_rows, False
+        self.padded_because: str | None = None  # as the user was told
         self.routers: Routers | None = None  # of a mixture of experts that gives their scores
 
     def on_fit_start(self) -> None:

@@ -13,7 +13,13 @@ from fine_tune.batches import SFTBatch, on_device
 from fine_tune.errors import UserError
 from fine_tune.losses import nll_per_token, nll_sum, supervised_targets
 from fine_tune.modules.lm_head import head_at, nll_in_chunks
-from fine_tune.modules.packing import VARLEN, attention_without_masks, packed, same_logits
+from fine_tune.modules.packing import (
+    VARLEN,
+    attention_without_masks,
+    packed,
+    same_logits,
+    why_padded,
+)
 from fine_tune.modules.precision import lowered
 
 if TYPE_CHECKING:
@@ -85,6 +91,7 @@ def choose_attention(module: "SFT") -> None:
         kind = module.device.type
         autocast = torch.is_autocast_enabled(kind)
         computes_in = torch.get_autocast_dtype(kind) if autocast else model.dtype
+        why = why_padded(model, computes_in)
         for attention in attention_without_masks(model, computes_in):
             pack = attention == VARLEN
             if not (pack and module.pack_rows is False) and same_logits(
@@ -92,6 +99,8 @@ def choose_attention(module: "SFT") -> None:
             ):
                 module.packs, module.rows_attention = pack, attention
                 break
+            if pack:
+                why = "this model gives packed rows other logits than padded ones, or cannot take them"
         if module.pack_rows and not module.packs:
             if not same_logits(model, None, pack=True):
                 raise UserError(
@@ -102,6 +111,9 @@ def choose_attention(module: "SFT") -> None:
     if module.packs:
         how = module.rows_attention or "masked"
         log.info("rows of a micro-batch are packed, without padding (%s)", how)
+    elif module.pack_rows is None and why not in (None, module.padded_because):
+        log.info("rows of a micro-batch are padded: %s", why)
+        module.padded_because = why
 
 
 def _supervised_logits(module: "SFT", batch: SFTBatch) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,16 @@
 """Rows behind one another, without padding, are the same rows: logits, gradients, whole runs."""
 
 import copy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from harness import CommandLine
 from safetensors.torch import load_file
-from small_models import save_small_model
+from small_models import save_small_model, small_config
 
 from fine_tune.batches import SFTBatch
 from fine_tune.losses import IGNORE_INDEX
@@ -19,6 +21,7 @@ from fine_tune.modules.packing import (
     attention_without_masks,
     packed,
     same_logits,
+    why_padded,
 )
 
 LENGTHS = [11, 6, 6, 1]
@@ -171,6 +174,46 @@ def test_a_model_that_ignores_where_rows_end_is_not_packed(
 def test_a_kernel_that_fails_is_not_used(tmp_path: Path) -> None:
     model = save_small_model(tmp_path / "model")
     assert not same_logits(model, VARLEN, pack=True)  # torch's own, which a CPU does not have
+
+
+def no_groups(query: Any, *, scale: float, window_size: tuple[int, int]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kernel", "computes_in", "told"),
+    [
+        (attend_row_by_row, torch.bfloat16, None),
+        (attend_row_by_row, torch.float32, "takes 16 bit, and this computes in float32"),
+        (no_groups, torch.bfloat16, f"of torch {torch.__version__} takes no enable_gqa"),
+        (None, torch.bfloat16, "has no kernel for packed rows (torch.nn.attention.varlen)"),
+    ],
+)
+def test_a_torch_without_the_kernel_is_named(
+    monkeypatch: pytest.MonkeyPatch, kernel: Any, computes_in: torch.dtype, told: str | None
+) -> None:
+    if kernel is None:
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    else:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    model = SimpleNamespace(config=small_config(), device=torch.device("cuda"))
+    model.config._attn_implementation = "sdpa"
+    why = why_padded(model, computes_in)
+    assert (why is None) == (told is None) and (told or "") in (why or "")
+    kinds = list(attention_without_masks(model, computes_in))
+    assert kinds == ([CAUSAL] if told else [VARLEN, CAUSAL])
+    model.config._attn_implementation = "eager"
+    assert "stands in for sdpa, not for eager" in str(why_padded(model, computes_in))
+
+
+@pytest.mark.parametrize("own", [[], ["--model.pack_rows", "false"]], ids=["open", "padded"])
+def test_a_run_says_once_why_its_rows_are_padded(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, own: list[str]
+) -> None:
+    monkeypatch.setattr("fine_tune.modules.token_rows.why_padded", lambda *_: "torch is too old")
+    outcome = command_line("fit", *fit_args, *own, "--trainer.max_steps", "1")
+    assert outcome.code == 0, outcome.err
+    line = "rows of a micro-batch are padded: torch is too old"
+    assert outcome.out.count(line) == (0 if own else 1)
 
 
 @pytest.mark.parametrize(
