@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from fine_tune.callbacks.precision_fallback import safer
 from fine_tune.callbacks.prediction_writer import PredictionWriter
 from fine_tune.callbacks.stop_signals import Stopped, StopRequest
 from fine_tune.errors import UserError
@@ -19,6 +20,7 @@ from fine_tune.modules.prediction import Predicting
 from fine_tune.output_file import OutputFile, output_problems
 from fine_tune.runs.checkpoint_io import FolderCheckpointIO
 from fine_tune.runs.places import Place
+from fine_tune.runs.run_folder import lowered_precision
 from fine_tune.sampling import Sampling
 from fine_tune.settings_cli import run_cli
 from fine_tune.trainer_settings import check_trainer
@@ -52,6 +54,7 @@ class PredictCLI(ModelCLI):
         settings.gradient_checkpointing = False
         sampling: Sampling = self._get(self.config_init, "sampling")
         self.place, max_new_tokens = self._checked(sampling)
+        kwargs["precision"] = self.settings.trainer.precision = self._precision()
         self.model.predicting = Predicting(sampling, max_new_tokens or 0)
         self.model.starts_from_checkpoint = self.place.checkpoint is not None
         rows = self.datamodule.predict_rows
@@ -79,6 +82,15 @@ class PredictCLI(ModelCLI):
             ],
             **kwargs,
         )
+
+    def _precision(self) -> str | None:
+        """Return the trainer's precision, or the safer one that the run's steps fell back to."""
+        given, run = self.settings.trainer.precision, self.place.run
+        lowered = lowered_precision(run.read()) if run is not None else None
+        if lowered is None or safer(given, lowered) == given:
+            return given
+        log.info("precision: %s, lowered while the run was trained", lowered)
+        return lowered
 
     def _checked(self, sampling: Sampling) -> tuple[Place, int | None]:
         """Find everything that is wrong before weights load."""

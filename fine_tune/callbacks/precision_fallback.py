@@ -46,7 +46,7 @@ class PrecisionFallback(Callback):
 
     def go_on_in(self, precision: str | None) -> None:
         """Lower the precision from the start of training on, and for the rest of the run; never raise it."""
-        self._lowered_to = _safer(self._lowered_to, precision)
+        self._lowered_to = safer(self._lowered_to, precision)
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         pl_module.failure_handlers["precision_fallback"] = partial(self._handle, trainer, pl_module)
@@ -106,7 +106,7 @@ class PrecisionFallback(Callback):
 
     def _keep_lowered(self, trainer: Trainer, pl_module: Any) -> None:
         now = str(trainer.precision)
-        if self._lowered_to is not None and _safer(now, self._lowered_to) != now:
+        if self._lowered_to is not None and safer(now, self._lowered_to) != now:
             log.info("precision: %s, lowered earlier in this run", self._lowered_to)
             self._lower(pl_module, self._lowered_to)
             self._swap(trainer, pl_module)
@@ -157,7 +157,8 @@ def _what(failure: StepFailure) -> str:
     return f"{what} of step {failure.step} is"
 
 
-def _safer(first: str | None, second: str | None) -> str | None:
+def safer(first: str | None, second: str | None) -> str | None:
+    """Return that of two precisions which lies further down the ladder; None is none."""
     known = [precision for precision in (first, second) if precision is not None]
     return max(known, key=_ladder_step, default=None)
 

@@ -7,6 +7,7 @@ from fine_tune.report.blocks import Block, Facts, Section
 from fine_tune.report.record import RunRecord
 from fine_tune.report.words import Words
 from fine_tune.runs.lineage import ancestry, lines_of
+from fine_tune.runs.run_folder import lowered_precision
 
 DTYPES = {"32": "float32", "16": "float16", "bf": "bfloat16", "64": "float64"}
 PATH_PARTS = 3
@@ -138,14 +139,10 @@ def _share(of_epoch: float, run: RunRecord, words: Words) -> str:
 
 
 def _numerics(run: RunRecord, words: Words) -> list[tuple[str, str]]:
-    lowered = [
-        e["to"] for e in run.record.get("events", []) if e.get("kind") == "fallback" and e.get("to")
-    ]
-    told = [
-        *filter(None, [precision(run)]),
-        *(words("lowered_to", precision=str(p)) for p in lowered[-1:]),
-    ]
-    in_force = str(lowered[-1]) if lowered else precision(run)
+    lowered = lowered_precision(run.record)
+    told = [*filter(None, [precision(run)])]
+    told += [words("lowered_to", precision=lowered)] if lowered else []
+    in_force = lowered or precision(run)
     return [
         (words("precision"), ", ".join(told) or words("unknown")),
         (words("quantization"), _shown(run.setting("model.quantization"), words, "none")),

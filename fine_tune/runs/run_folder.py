@@ -140,6 +140,14 @@ def status_of(record: Mapping[str, Any], *, is_owned: bool) -> str:
     return "killed" if status == "running" else status
 
 
+def lowered_precision(record: Mapping[str, Any]) -> str | None:
+    """Return the safer precision that a run's steps were taken in from some step on, if its own did not do."""
+    lowered = [
+        e["to"] for e in record.get("events", []) if e.get("kind") == "fallback" and e.get("to")
+    ]
+    return str(lowered[-1]) if lowered else None
+
+
 def run_of(trainer: Any) -> RunFolder:
     """Return the run folder a trainer writes to: its first logger's, the same on every rank without asking them.
 

@@ -1,5 +1,6 @@
 """Losses and gradients that are no numbers: the weights stay good, the rows are taken again, or named."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,24 @@ def test_what_was_trained_in_a_lowered_precision_is_measured_in_it(
     assert outcome.code == 0, outcome.err
     assert "precision: 32-true, lowered earlier in this run" in outcome.out
     assert seen and not any(seen)
+
+
+def test_answers_of_a_run_that_was_lowered_are_written_in_its_precision(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spoil(monkeypatch, 3, lambda: in_autocast(torch.bfloat16))
+    args = [*fit_args, *NO_REHEARSAL, "--trainer.precision", "bf16-mixed"]
+    run = command_line("fit", *args).run()
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"question": "What is 1 plus 1?"}\n')
+    outcome = command_line(
+        *("predict", "--config", run.path / "config.yaml", "--ckpt_path", "best"),
+        *("--data.predict_path", asked, "--output", tmp_path / "out.jsonl"),
+        root=False,
+    )
+    assert outcome.code == 0, outcome.err
+    assert "precision: 32-true, lowered while the run was trained" in outcome.out
+    assert "32-true on cpu" in outcome.out
 
 
 def test_16_bit_lowers_its_scale_and_skips_no_step(
