@@ -18,6 +18,7 @@ from fine_tune.setting_rules import looks_secret, rule_problems, where
 from fine_tune.settings import Setting, flag_problems, plain, read_yaml, split_flags
 
 SECTIONS = {"model": LightningModule, "data": LightningDataModule}
+HOMES = {"model": "fine_tune.modules", "data": "fine_tune.data"}
 TOP = ""  # keys that belong to no class
 CLASSES_BY_PATH = ("callbacks", "logger", "plugins", "strategy")  # LightningCLI's parser knows them
 ALLOWED = {  # of keys that take a word or a mapping, in which jsonargparse's own report says little
@@ -89,7 +90,7 @@ def _section_classes(
 
 
 def _import_class(path: str, section: str) -> tuple[type | None, str]:
-    home = "fine_tune.modules" if section == "model" else "fine_tune.data"
+    home = HOMES[section]
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name or home)
@@ -206,6 +207,12 @@ def _check_value(
         return [f"{key}: {innermost(str(error), cls, name)}"]
     told = misread_text(setting.value, got)
     return [f"{key}: {told}"] if told else []
+
+
+def know_short_names() -> None:
+    """Import the classes that are known by their names alone, so that their help is found by them, too."""
+    for home in HOMES.values():
+        importlib.import_module(home)
 
 
 def asks_for_help(args: list[str]) -> bool:

@@ -16,7 +16,7 @@ from fine_tune.callbacks.generations import Generations
 from fine_tune.callbacks.precision_fallback import PrecisionFallback
 from fine_tune.callbacks.stop_signals import StopRequest
 from fine_tune.callbacks.vram_guard import VRAMGuard
-from fine_tune.config_check import asks_for_help, check_settings
+from fine_tune.config_check import asks_for_help, check_settings, know_short_names
 from fine_tune.errors import UserError
 from fine_tune.exits import user_error_behind
 from fine_tune.memory_choices import choose_by_memory
@@ -39,7 +39,7 @@ FORCED_CALLBACKS = {
     "early_stopping": EarlyStopping,
     "generations": Generations,
 }
-HELP_HINT = "Options of the model and the data: --model.help fine_tune.modules.SFT, --data.help fine_tune.data.SFTData"
+HELP_HINT = "Options of the model and the data: --model.help SFT, --data.help SFTData"
 
 CLI = TypeVar("CLI", bound="SettingsCLI")
 
@@ -132,7 +132,9 @@ class SettingsCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Check every setting with its place first, then let LightningCLI parse."""
         verb, *rest = self.args_given = list(args)
-        if not asks_for_help(rest):
+        if asks_for_help(rest):
+            know_short_names()
+        else:
             classes = {"trainer": Trainer, **FORCED_CALLBACKS, **self.groups}
             check_settings(rest, self._parser(verb), classes)
         rest, templates = take_templates(rest)

@@ -381,6 +381,17 @@ def test_output_piped_into_head_ends_quietly() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("flag", ["--data.help", "--model.help"])
+def test_help_knows_a_class_by_its_name_alone(flag: str) -> None:
+    name = {"--data.help": "TextData", "--model.help": "Pretrain"}[flag]
+    command = [sys.executable, "-m", "fine_tune", "fit", flag, name]  # of its own: nothing imported
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"--data.help": "--data.curriculum", "--model.help": "--model.lora"}[flag] in done.stdout
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     code = (
         "import sys, fine_tune.__main__ as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
