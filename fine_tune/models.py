@@ -48,7 +48,9 @@ def load_tokenizer(key: str, name: str, revision: str | None = None) -> PreTrain
     """
     source, commit = resolve_source(key, name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=commit or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=commit or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{key}: no tokenizer can be loaded from '{name}': {first_line(error)}"

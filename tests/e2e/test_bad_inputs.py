@@ -308,6 +308,24 @@ def test_hub_code(command_line: CommandLine, fit_args: list[str], broken_model: 
     model_refused(command_line, fit_args, broken_model, "needs code from the hub", "never executed")
 
 
+def test_hub_code_of_a_tokenizer(
+    command_line: CommandLine,
+    fit_args: list[str],
+    broken_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks, in a terminal
+    file, executed = broken_model / "tokenizer_config.json", tmp_path / "executed"
+    own = {"tokenizer_class": "My", "auto_map": {"AutoTokenizer": ["my_code.My", None]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    (broken_model / "my_code.py").write_text(f"open({str(executed)!r}, 'w').close()")
+    outcome = command_line("fit", *fit_args, "--model.model_name_or_path", broken_model)
+    assert not executed.exists()
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    assert f"no tokenizer can be loaded from '{broken_model}'" in outcome.err
+
+
 def test_weights_that_are_not_all_there(
     command_line: CommandLine, fit_args: list[str], broken_model: Path
 ) -> None:
