@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.plugins import Precision
 
 from fine_tune.callbacks.precision_fallback import safer
 from fine_tune.callbacks.prediction_writer import PredictionWriter
@@ -54,7 +55,10 @@ class PredictCLI(ModelCLI):
         settings.gradient_checkpointing = False
         sampling: Sampling = self._get(self.config_init, "sampling")
         self.place, max_new_tokens = self._checked(sampling)
-        kwargs["precision"] = self.settings.trainer.precision = self._precision()
+        precision, plugins = self._precision(
+            _listed(self._get(self.config_init, "trainer").plugins)
+        )
+        kwargs["precision"] = self.settings.trainer.precision = precision
         self.model.predicting = Predicting(sampling, max_new_tokens or 0)
         self.model.starts_from_checkpoint = self.place.checkpoint is not None
         rows = self.datamodule.predict_rows
@@ -77,20 +81,23 @@ class PredictCLI(ModelCLI):
             enable_checkpointing=False,
             logger=False,
             plugins=[
-                *_listed(self._get(self.config_init, "trainer").plugins),
+                *plugins,
                 FolderCheckpointIO(self.model.export, self.place.check),
             ],
             **kwargs,
         )
 
-    def _precision(self) -> str | None:
-        """Return the trainer's precision, or the safer one that the run's steps fell back to."""
+    def _precision(self, plugins: list[Any]) -> tuple[str | None, list[Any]]:
+        """Return the trainer's precision, or the safer one that the run's steps fell back to, and the plugins left."""
         given, run = self.settings.trainer.precision, self.place.run
+        others = [plugin for plugin in plugins if not isinstance(plugin, Precision)]
+        by_plugin = next((str(p.precision) for p in plugins if isinstance(p, Precision)), None)
         lowered = lowered_precision(run.read()) if run is not None else None
-        if lowered is None or safer(given, lowered) == given:
-            return given
+        now = by_plugin or given or "32-true"
+        if lowered is None or safer(now, lowered) == now:
+            return given, plugins
         log.info("precision: %s, lowered while the run was trained", lowered)
-        return lowered
+        return lowered, others
 
     def _checked(self, sampling: Sampling) -> tuple[Place, int | None]:
         """Find everything that is wrong before weights load."""

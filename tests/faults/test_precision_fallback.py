@@ -25,6 +25,10 @@ class HalfOnCpu(MixedPrecision):
         super().__init__("16-mixed", "cpu", scaler=scaler)
 
 
+PLUGIN = [
+    *("--trainer.plugins", "lightning.pytorch.plugins.MixedPrecision"),
+    *("--trainer.plugins.precision", "bf16-mixed", "--trainer.plugins.device", "cpu"),
+]
 HALF = ["--trainer.plugins+=test_precision_fallback.HalfOnCpu", "--trainer.plugins.scale"]
 
 
@@ -121,12 +125,16 @@ def test_what_was_trained_in_a_lowered_precision_is_measured_in_it(
     assert seen and not any(seen)
 
 
+@pytest.mark.parametrize("precision", [["--trainer.precision", "bf16-mixed"], PLUGIN])
 def test_answers_of_a_run_that_was_lowered_are_written_in_its_precision(
-    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command_line: CommandLine,
+    fit_args: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    precision: list[str],
 ) -> None:
     spoil(monkeypatch, 3, lambda: in_autocast(torch.bfloat16))
-    args = [*fit_args, *NO_REHEARSAL, "--trainer.precision", "bf16-mixed"]
-    run = command_line("fit", *args).run()
+    run = command_line("fit", *fit_args, *NO_REHEARSAL, *precision).run()
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"question": "What is 1 plus 1?"}\n')
     outcome = command_line(
