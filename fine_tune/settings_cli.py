@@ -176,8 +176,10 @@ class SettingsCLI(LightningCLI):
         except UserError as error:
             problems += error.problems
         self._problems = problems
-        if self.settings.data.init_args.get("cache_dir") is None:
-            self.settings.data.init_args.cache_dir = str(self.root / LOGS / ".cache")
+        cache_dir = self.settings.data.init_args.get("cache_dir")
+        self.settings.data.init_args.cache_dir = (
+            str(self.root / LOGS / ".cache") if cache_dir is None else os.path.expanduser(cache_dir)
+        )
 
     def instantiate_classes(self) -> None:
         problems = self._problems

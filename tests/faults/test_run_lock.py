@@ -219,10 +219,13 @@ def test_a_root_below_the_home_is_found_by_its_tilde(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "home.yaml"
-    config.write_text("trainer: {default_root_dir: ~/runs, max_steps: 1}\n")
+    config.write_text(
+        "trainer: {default_root_dir: ~/runs, max_steps: 1}\ndata: {init_args: {cache_dir: ~/tokens}}\n"
+    )
     done = command_line("fit", *fit_args, "--config", config, root=False)
     assert done.code == 0, done.err
     assert (tmp_path / "runs" / "lightning_logs" / "run" / "version_0" / "run.json").is_file()
+    assert (tmp_path / "tokens" / "tokens").is_dir()
     assert not (tmp_path / "~").exists()
 
 
