@@ -163,7 +163,9 @@ def _leave_headroom(
             return
         taken = f"{peak / GB:.3g} GB where {room / GB:.3g} leave {HEADROOM:.0%} of the device free"
         why = f"rehearsed: {rows} rows of {longest:,} tokens at once take {taken}"
-        if rows == 1 or (tried and (rows >= tried[-1][0] or peak >= tried[-1][1])):
+        if tried and rows >= tried[-1][0]:  # the guard allows no smaller budget, and has said so
+            return
+        if rows == 1 or (tried and peak >= tried[-1][1]):
             log.info("WARNING: %s; a smaller micro-batch would not", why)
             return
         if tried:

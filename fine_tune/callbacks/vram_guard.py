@@ -220,9 +220,12 @@ class VRAMGuard(Callback):
         return True
 
     def _cut_as_rehearsed(self, trainer: Trainer, pl_module: Any, budget: int, why: str) -> None:
-        budget = max(budget, self.min_tokens)
-        step = trainer.global_step + 1
-        self._cut(trainer, pl_module, budget, step, why, "nearly_full", alone=False)
+        before, allowed = pl_module.max_tokens_per_micro_batch, max(budget, self.min_tokens)
+        if before is None or allowed < before:
+            step = trainer.global_step + 1
+            self._cut(trainer, pl_module, allowed, step, why, "nearly_full", alone=False)
+        elif allowed > budget:
+            log.info("WARNING: %s; %s", why, NO_LESS.format(self.min_tokens))
 
     def _cut(
         self,

@@ -111,3 +111,13 @@ def test_the_cut_is_kept_when_the_run_goes_on(
     assert resumed.code == 0, resumed.err
     # 0.3 + 6 x 0.1 GB of 1 GB are 90 %, 7 rows would be more
     assert f"micro-batches: {LENGTH * 6} tokens, cut earlier in this run" in resumed.out
+
+
+def test_a_budget_that_may_not_be_smaller_is_no_event(
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = ["--vram_guard.min_tokens", str(LENGTH * ROWS), "--trainer.max_steps", "1"]
+    outcome = fit_on(Played(), command_line, monkeypatch, [*fit_args, *AUTO, *least])
+    assert not outcome.run().read().get("events")
+    assert "vram_guard.min_tokens 192 allows no smaller micro-batch" in outcome.out
+    assert "a smaller micro-batch would not" not in outcome.out
