@@ -78,8 +78,8 @@ class FolderCLI(SettingsCLI):
             check_writable(self.root)
         self.check_before_weights()
         self.place = self._find_place()
-        self._check_same_run()
         record = self.place.run.read() if self.place.run is not None else {}
+        self._check_same_run()
         done = record.get("status") == "finished" and self.subcommand == "fit"
         self._is_finished = done and record.get("num_steps", 0) >= self.plan.num_steps
         run = claim(self.place, self.settings.name, self.root)

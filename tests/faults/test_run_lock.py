@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
 from harness import CommandLine
 from processes import SLOW, assert_same_run, resume, start, wait_for_step
 
+from fine_tune import folder_cli
 from fine_tune.errors import UserError
 from fine_tune.runs.places import Place, claim
 from fine_tune.runs.run_folder import RunFolder, new_version
@@ -69,17 +71,21 @@ def test_a_start_that_is_refused_writes_nothing_into_the_folder(
     assert {p for p in before if p.name != OWNER and before[p] != after[p]} <= {run.path}
 
 
+@pytest.mark.parametrize(
+    "called", ["RunLock", "check_same_run"]
+)  # weights are hashed in the latter
 def test_a_run_that_somebody_else_has_taken_further_meanwhile_is_not_thrown_back(
-    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch
+    command_line: CommandLine, fit_args: list[str], monkeypatch: pytest.MonkeyPatch, called: str
 ) -> None:
     """Its checkpoint was chosen, then the other process saved its last one and gave the folder back."""
     run = command_line("fit", *fit_args, "--checkpoint.every", "2", *STOP_AT_4).run()
 
-    def lock_after_another(folder: Path, verb: str) -> RunLock:
-        RunFolder(folder).update({"status": "finished", "step": 10})
-        return RunLock(folder, verb)
+    def after_another(*args: Any, **kwargs: Any) -> Any:
+        run.update({"status": "finished", "step": 10})
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr("fine_tune.folder_cli.RunLock", lock_after_another)
+    original = getattr(folder_cli, called)
+    monkeypatch.setattr(folder_cli, called, after_another)
     again = ["--config", run.path / "config.yaml", "--ckpt_path", "last"]
     refused = command_line("fit", *again, "--trainer.callbacks", "null", root=False)
     assert refused.code == 2
