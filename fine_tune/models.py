@@ -51,7 +51,7 @@ def load_tokenizer(key: str, name: str, revision: str | None = None) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=commit or "main", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(
             f"{key}: no tokenizer can be loaded from '{name}': {first_line(error)}"
         ) from error

@@ -7,6 +7,8 @@ from harness import CommandLine
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fine_tune.corpus import tokenizers
+from fine_tune.errors import UserError
+from fine_tune.models import load_tokenizer
 from fine_tune.modules.tokenizer_check import tokenizer_problems
 
 
@@ -76,3 +78,16 @@ def test_a_model_without_a_tokenizer_takes_any(
     (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())
     assert tokenizer_problems(tokenizer, "any", str(tmp_path), None) == []
     assert tokenizer_problems(tokenizer, "any", None, None) == []
+
+
+@pytest.mark.parametrize("config", ['{"tokenizer_class": "MarianTokenizer"}', "[1]"])
+def test_a_models_own_that_cannot_be_loaded_here_is_compared_with_nothing(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, config: str
+) -> None:
+    """The one asks for a library that may not be installed, the other is damaged; both are told of when asked for."""
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "marian"}')
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    assert tokenizer_problems(tokenizer, "given", str(tmp_path), None) == []
+    with pytest.raises(UserError, match="no tokenizer can be loaded from"):
+        load_tokenizer("model.tokenizer", str(tmp_path))
