@@ -34,6 +34,12 @@ OURS_NOT_TRAINERS = {
 }
 PROFILERS = ("simple", "advanced", "pytorch", "xla")  # Lightning's, by name
 MOST_DEVICES = 1_024  # of one machine; Lightning makes a list as long as the number given
+SHORT_NAMES = {
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+    "32": "32-true",
+    "64": "64-true",
+}  # Lightning's
 
 
 def trainer_problems(trainer: Namespace) -> list[str]:
@@ -86,7 +92,7 @@ def choose_precision(accelerator: str, asked: Any = None) -> tuple[Any, str]:
     if str(asked) in ("16", "16-mixed") and not on_gpu and not on_mps:
         return "bf16-mixed", f"{asked} asked; a CPU computes it in bfloat16"
     if asked is not None:
-        return asked, "as asked"
+        return SHORT_NAMES.get(str(asked), asked), "as asked"
     if not on_gpu:
         return "32-true", f"the default on {'Apple silicon' if on_mps else 'a CPU'}"
     if torch.cuda.is_bf16_supported(including_emulation=False):

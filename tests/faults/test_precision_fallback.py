@@ -125,7 +125,10 @@ def test_what_was_trained_in_a_lowered_precision_is_measured_in_it(
     assert seen and not any(seen)
 
 
-@pytest.mark.parametrize("precision", [["--trainer.precision", "bf16-mixed"], PLUGIN])
+@pytest.mark.parametrize(
+    "precision",
+    [["--trainer.precision", "bf16-mixed"], ["--trainer.precision", "bf16"], PLUGIN],
+)
 def test_answers_of_a_run_that_was_lowered_are_written_in_its_precision(
     command_line: CommandLine,
     fit_args: list[str],
