@@ -73,6 +73,6 @@ class DocumentSorter:
         if not self._numbers:
             return
         tokens = np.memmap(self.file, dtype=np.int32, mode="r")
-        for i in np.argsort(np.frombuffer(self._difficulties), kind="stable").tolist():
+        for i in np.argsort(np.frombuffer(self._difficulties), kind="stable"):
             ids = tokens[self._ends[i] : self._ends[i + 1]].tolist()
             yield self._numbers[i], ids, self._difficulties[i]

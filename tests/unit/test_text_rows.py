@@ -1,9 +1,12 @@
 """Documents become rows of one length: nothing lost, nothing twice, hardly anything empty."""
 
 import random
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
+from fine_tune.data.text_order import DocumentSorter
 from fine_tune.data.text_rows import Packer, best_fit, cut_into_pieces
 
 
@@ -50,3 +53,20 @@ def test_no_more_than_a_window_is_held() -> None:
     given = [len(list(packer.add(n, [1, 2, 3]))) for n in range(30)]
     assert [n for n, rows in enumerate(given) if rows] == [9, 19, 29]
     assert list(packer.rest()) == []
+
+
+def test_documents_are_sorted_in_little_memory(tmp_path: Path) -> None:
+    count = 100_000
+    with (tmp_path / "unsorted").open("wb") as handle:
+        sorter = DocumentSorter(tmp_path / "unsorted", handle)
+        for number in range(count):
+            sorter.add(number, [number, 0], float(-number))
+        tracemalloc.start()
+        try:
+            documents = sorter.easiest_first()
+            first, second = next(documents), next(documents)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert (first[:2], second[:2]) == ((count - 1, [count - 1, 0]), (count - 2, [count - 2, 0]))
+    assert peak / count < 24  # beside the sorter's own
