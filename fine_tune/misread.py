@@ -32,7 +32,7 @@ def misread_text(given: Any, got: Any) -> str | None:
     if isinstance(got, Namespace):
         got = vars(got)
     if isinstance(given, dict) and isinstance(got, dict):
-        if "class_path" not in given:
+        if not {"class_path", "init_args"} & given.keys():
             got = _mapping(got.get("init_args", got))
         pairs = [(value, got[key]) for key, value in given.items() if key in got]
     elif isinstance(given, list) and isinstance(got, list | tuple):

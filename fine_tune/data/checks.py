@@ -36,7 +36,8 @@ def listed_sources(
         )
     if not sources:
         raise UserError("data.sources: the list is empty")
-    wrong = [source.label for source in sources if not 0 < source.weight < float("inf")]
+    weights = {source.label: source.weight for source in sources}  # null is let through to here
+    wrong = [label for label, w in weights.items() if w is None or not 0 < w < float("inf")]
     if wrong:
         raise UserError(f"data.sources: the weight of {', '.join(wrong)} must be above 0")
     return sources

@@ -141,6 +141,24 @@ def test_a_number_of_lora_that_is_none(
     refused(outcome, f"model.lora.{name}: a number is wanted, got None")
 
 
+@pytest.mark.parametrize(
+    ("model", "source", "message"),
+    [
+        ("init_args: null", "weight: 1", "model.from_config: LlamaConfig has no field 'init_args'"),
+        ("hidden_size: 16", "weight: null", "data.sources: the weight of a must be above 0"),
+    ],
+)
+def test_null_where_a_line_was_doubled_or_cut(
+    command_line: CommandLine, tmp_path: Path, model: str, source: str, message: str
+) -> None:
+    made = f"{{tokenizer: {TOKENIZER}, from_config: {{model_type: llama, {model}}}}}"
+    (tmp_path / "wrong.yaml").write_text(
+        f"model: {{class_path: SFT, init_args: {made}}}\n"
+        f"data: {{class_path: SFTData, init_args: {{sources: [{{path: a, {source}}}]}}}}\n"
+    )
+    refused(command_line("fit", "--config", tmp_path / "wrong.yaml"), message)
+
+
 @pytest.mark.parametrize("value", ["null", "'{}'", "[]"])
 def test_a_section_that_is_no_mapping(
     command_line: CommandLine, fit_args: list[str], tmp_path: Path, value: str
