@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fine_tune.config_check import asks_for_help
+from fine_tune.data.predict_rows import NO_ROWS
 from fine_tune.errors import UserError
 from fine_tune.modules.run_identity import weights_content
 from fine_tune.runs.places import Place, find_place
@@ -96,9 +97,7 @@ def _defaults(args: list[str]) -> list[str]:
         given += read_yaml(file)[0]
     keys = {setting.key.removesuffix(".class_path"): setting for setting in given}
     if "data.predict_path" not in keys:
-        raise UserError(
-            "data.predict_path: none given; name the rows to predict, like --data.predict_path rows.jsonl"
-        )
+        raise UserError(NO_ROWS)
     flags = []
     head = "SFT"
     if "model" not in keys:

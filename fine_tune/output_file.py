@@ -174,12 +174,12 @@ class OutputFile:
         return results
 
 
-def output_problems(output: str | None, inputs: list[str]) -> list[str]:
+def output_problems(output: str | None, rows: str | None) -> list[str]:
     """Say what is wrong with where results are to go.
 
     Args:
         output: What the user gave.
-        inputs: Files that are read.
+        rows: The file that is read, if one is named.
     """
     if output is None:
         return [f"{KEY}: none given; say where the results go, like --output predictions.jsonl"]
@@ -192,7 +192,7 @@ def output_problems(output: str | None, inputs: list[str]) -> list[str]:
         return [f"{KEY}: the folder '{path.parent}' does not exist; make it, or give another file"]
     if not os.access(path.absolute().parent, os.W_OK):
         return [f"{KEY}: the folder '{path.parent}' cannot be written; give another file"]
-    if any(Path(name).exists() and path.resolve() == Path(name).resolve() for name in inputs):
+    if rows is not None and Path(rows).exists() and path.resolve() == Path(rows).resolve():
         return [f"{KEY}: '{output}' is the file that is read; give another"]
     return []
 

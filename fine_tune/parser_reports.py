@@ -5,10 +5,17 @@ import re
 
 from fine_tune.errors import nearest
 
+CLASSES = {"model": "SFT", "data": "SFTData"}  # an example of what a section's flags belong to
+
 
 def with_key(message: str) -> str:
     """Reduce jsonargparse's report to the key it speaks of, and what is wrong with it."""
     key = re.search(r'(?:Parser key|key|argument) "?(?:--)?([\w.]+)', message)
+    nested = re.search(r"NestedArg\(key='([\w.]+)'", message)
+    behind = nested and f"unknown option '{nested[1]}'" in message
+    if key and nested and behind and key[1] in CLASSES:
+        flag, named = f"--{key[1]}.{nested[1]}", f"--{key[1]} {CLASSES[key[1]]}"
+        return f"{key[1]}: {flag} stands before the class it belongs to; name that first, like {named} {flag} ..."
     told = innermost(message)
     inner = re.match(r"([\w.]+): (?:Expected|Invalid|Unable)", told)
     if key and inner and not inner[1].startswith(key[1]):

@@ -101,7 +101,7 @@ class PredictCLI(ModelCLI):
 
     def _checked(self, sampling: Sampling) -> tuple[Place, int | None]:
         """Find everything that is wrong before weights load."""
-        problems = output_problems(self.settings.output, [self.datamodule.predict_path])
+        problems = output_problems(self.settings.output, self.datamodule.predict_path)
         place, max_new_tokens, positions = None, None, self.positions
         if self.model.can_generate:
             max_new_tokens = sampling.tokens(positions)

@@ -156,6 +156,8 @@ def _table(runs: list[Listed]) -> Table:
 def _compare(names: list[str], root: Path, *, as_json: bool) -> int:
     """Show every setting and metric in which runs differ, side by side."""
     folders = [find_run(name, root) for name in names]
+    if len(folders) < 2:
+        raise UserError(f"--compare: give two runs or more, got '{folders[0].name}' alone")
     titles = [run.name for run in folders]
     facts = [_facts(run) for run in folders]
     keys = list(dict.fromkeys(key for of_run in facts for key in of_run))

@@ -46,7 +46,7 @@ class Measured:
 
 
 def train_tokenizer(
-    input: list[str],
+    input: list[str] | str,
     output: str,
     *,
     kind: tokenizers.Kind = "bpe",
@@ -65,7 +65,8 @@ def train_tokenizer(
     same bytes.
 
     Args:
-        input: Files or folders of texts: .txt, .jsonl, .json, .csv, .parquet; read one after the other, never whole.
+        input: A file or folder of texts, or several: .txt, .jsonl, .json, .csv, .parquet; read one after the other,
+            never whole.
         output: Folder for the tokenizer, as any Hugging Face tool opens it.
         kind: bpe merges frequent pairs, wordpiece likely ones (longest match first), unigram keeps likely pieces.
         vocab_size: Tokens, the special ones and 256 bytes included (wordpiece: 512).
@@ -88,6 +89,7 @@ def train_tokenizer(
     if not 0 <= held_out < 1:
         raise UserError(f"--held_out: lies from 0 up to, but not at, 1; got {held_out}")
     folder = Path(output)
+    input = [input] if isinstance(input, str) else input
     refuse_existing([folder / name for name in tokenizers.FILES], overwrite)
     files = [file for path in input for file in text_files(path, "--input")]
     other = load_tokenizer("--beside", beside) if beside is not None else None

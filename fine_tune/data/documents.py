@@ -151,6 +151,8 @@ def _document(row: Any, field: str, where: str) -> Document:
         raise UserError(f"{where}: not a JSON object")
     if not isinstance(row.get(field), str):
         have = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{where}: no text in '{field}' (fields: {have}); set data.field")
+        raise UserError(
+            f"{where}: no text in '{field}' (fields: {have}); set data.field (train-tokenizer: --field)"
+        )
     others = {name: value for name, value in row.items() if name != field}
     return Document(row[field], where, others)

@@ -153,8 +153,9 @@ def broken_lines(file: Path) -> list[str]:
         return [f"{file}: {error}"]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return [f"{file}: a list of JSON objects is wanted"]
+    header = [name for name in rows[0] if name is not None] if rows else []
     return [
-        f"{file}: row {number}: other fields than the header's {list(rows[0])}"
+        f"{file}: row {number}: other fields than the header's {header}"
         for number, row in enumerate(rows, start=1)
         if file.suffix == ".csv" and (None in row or None in row.values())
     ]
@@ -221,4 +222,7 @@ def _csv_rows(text: str) -> list[dict[str, str]]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the field '{twice}' stands twice in the header")
+    if len(names) == 1 and (other := next((mark for mark in ";\t" if mark in names[0]), None)):
+        kind = "semicolons" if other == ";" else "tabs"
+        raise ValueError(f"{kind} stand between the fields of the header; write commas there")
     return list(reader)

@@ -29,6 +29,7 @@ from fine_tune.data.templates import PREFERENCE, Row, RowError, template_fields
 from fine_tune.errors import UserError, nearest
 
 KEY = "data.predict_path"
+NO_ROWS = f"{KEY}: none given; name the rows to predict, like --{KEY} rows.jsonl"
 OURS = ("prediction", "finish_reason", "prompt_cut")
 OURS_OF_SCORES = ("reward", "reward_chosen", "reward_rejected")
 

@@ -13,11 +13,12 @@ from fine_tune.data.encode_rows import column
 from fine_tune.data.loader_settings import LoaderSettings, number_of
 from fine_tune.data.options import Options
 from fine_tune.data.predict_loader import PredictLoader, predict_plan
-from fine_tune.data.predict_rows import PredictRows, read_predict_rows
+from fine_tune.data.predict_rows import NO_ROWS, PredictRows, read_predict_rows
 from fine_tune.data.row_loader import RowLoader
 from fine_tune.data.sources import Source
 from fine_tune.data.split_data import SplitData
 from fine_tune.data.steps import StepLoader, StepSampler, evaluation_batches, rows_per_epoch
+from fine_tune.errors import UserError
 
 
 class StepData(SplitData):
@@ -174,8 +175,12 @@ class StepData(SplitData):
         Args:
             max_length: Positions of the model; None for no limit.
             max_new_tokens: Tokens an answer may have; None where answers are scored.
+
+        Raises:
+            UserError: No rows are named, or they cannot be read.
         """
-        assert self.predict_path is not None, "the command line asks for it"
+        if self.predict_path is None:
+            raise UserError(NO_ROWS)
         self.predict_rows = read_predict_rows(
             self.predict_path,
             self.sources,

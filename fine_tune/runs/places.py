@@ -9,6 +9,7 @@ from pathlib import Path
 from fine_tune.errors import UserError
 from fine_tune.runs import run_folder as runs
 from fine_tune.runs.checkpoint import WholeCheck, begin_check, finish_replacement, global_step
+from fine_tune.runs.identity import MANIFEST
 from fine_tune.runs.links import refuse_links
 from fine_tune.runs.stored_checkpoints import newest_whole, stored
 
@@ -126,8 +127,8 @@ def is_first_process() -> bool:
 def _place_of_path(verb: str, checkpoint: Path, at_once: bool) -> Place:
     finish_replacement(checkpoint)
     if not checkpoint.is_dir():
-        folders = (p for p in checkpoint.parent.glob("*") if p.is_dir() and p.name[0] != ".")
-        beside = sorted(p.name for p in folders)
+        folders = (file.parent for file in checkpoint.parent.glob(f"*/{MANIFEST}"))
+        beside = sorted(p.name for p in folders if p.name[0] != ".")
         listed = f"; there are {', '.join(beside)}" if beside else ""
         raise UserError(f"ckpt_path: '{checkpoint}' does not exist{listed}; or give best or last")
     check = begin_check(checkpoint, at_once=at_once)

@@ -403,6 +403,12 @@ def test_mistakes_are_told_at_once_before_weights_load(
     assert "ckpt_path" in told and "does not exist" in told
     good = tmp_path / "out.jsonl"
     assert "data.predict_path: none given" in refused("--model.model_name_or_path", sharp_folder)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{class_path: SFT, init_args: {{model_name_or_path: {sharp_folder}}}}}\n"
+        f"data: {{class_path: SFTData, init_args: {{path: {questions}, predict_path: null}}}}\n"
+    )
+    of_run = ["--config", tmp_path / "run.yaml", "--output", good]
+    assert "data.predict_path: none given" in refused(*of_run)
     assert "does not exist" in refused(*alone(sharp_folder, tmp_path / "no.jsonl", good))
     (tmp_path / "empty.jsonl").touch()
     assert "the file is empty" in refused(*alone(sharp_folder, tmp_path / "empty.jsonl", good))

@@ -128,4 +128,15 @@ def test_rows_without_the_field_are_named(command_line: CommandLine, tmp_path: P
     args = ["--input", json.dumps([str(tmp_path / "a.jsonl")]), "--output", str(tmp_path / "t")]
     refused = command_line("train-tokenizer", *args)
     assert refused.code == 2
-    assert "a.jsonl:2: no text in 'text' (fields: isi); set data.field" in refused.err
+    assert (
+        "a.jsonl:2: no text in 'text' (fields: isi); set data.field (train-tokenizer: --field)"
+        in refused.err
+    )
+
+
+def test_one_folder_needs_no_list(command_line: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(texts(50)), "utf-8")
+    args = ["--input", tmp_path, "--output", tmp_path / "t", "--vocab_size", "270"]
+    outcome = command_line("train-tokenizer", *args)
+    assert outcome.code == 0, outcome.err
+    assert "270 tokens (bpe) from" in outcome.out

@@ -441,3 +441,24 @@ def without(args: list[str], *flags: str) -> list[str]:
         else:
             kept.append(arg)
     return kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--model.lora", "auto", "--model", "SFT", "--data", "SFTData"],
+            "like --model SFT --model.lora ...",
+        ),
+        (
+            ["--model", "SFT", "--data.path", "x.jsonl", "--data", "SFTData"],
+            "like --data SFTData --data.path ...",
+        ),
+    ],
+)
+def test_a_flag_before_its_class_is_told_so(
+    command_line: CommandLine, flags: list[str], told: str
+) -> None:
+    outcome = command_line("fit", *flags)
+    assert outcome.code == 2
+    assert told in outcome.err and "NestedArg" not in outcome.err

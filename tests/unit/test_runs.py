@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from fine_tune.commands.runs import main
+from fine_tune.errors import UserError
+from fine_tune.runs.identity import MANIFEST
+from fine_tune.runs.places import find_place
 from fine_tune.runs.run_folder import RunFolder
 from fine_tune.runs.run_lock import LOCK, RunLock, is_owned
 
@@ -177,6 +180,7 @@ def test_a_column_that_is_empty_for_every_run_sorts_nothing(
         (["--filter", "status="], "the pattern of 'status=' is empty; give one, like status="),
         (["--sort", "vall/loss"], "no run has 'vall/loss'; did you mean 'val/loss'"),
         (["--compare", "done", "nope"], "no run 'nope'"),
+        (["--compare", "done"], "give two runs or more, got 'done/version_0' alone"),
         (["--compare", "done", "a question typed in its place, " * 20], "no run 'a question"),
     ],
 )
@@ -325,3 +329,15 @@ def test_a_run_on_another_machine_whose_lock_is_held_is_running_however_quiet(ro
     assert not is_owned(folder)
     (folder / LOCK).unlink()
     assert not is_owned(folder)
+
+
+def test_a_checkpoint_that_is_not_there_is_told_beside_checkpoints_alone(tmp_path: Path) -> None:
+    for name in ("docs", "step=3"):
+        (tmp_path / name).mkdir()
+    asked = str(tmp_path / "step=4")
+    with pytest.raises(UserError, match="; or give best or last$") as told:
+        find_place("test", asked, name="run", root=tmp_path, configs=[])
+    assert "there are" not in str(told.value)
+    (tmp_path / "step=3" / MANIFEST).touch()
+    with pytest.raises(UserError, match="does not exist; there are step=3; or give best or last$"):
+        find_place("test", asked, name="run", root=tmp_path, configs=[])

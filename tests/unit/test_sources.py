@@ -110,6 +110,24 @@ def test_values_stay_as_they_were_written(tmp_path: Path, kind: str) -> None:
     assert [row["answer"] for row in rows] == values
 
 
+@pytest.mark.parametrize(("mark", "named"), [(";", "semicolons"), ("\t", "tabs")])
+@pytest.mark.parametrize("answer", ["Jakarta", "Jakarta, kota"])
+def test_another_separator_than_the_comma_is_named(
+    tmp_path: Path, mark: str, named: str, answer: str
+) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(f"question{mark}answer\nIbu kota?{mark}{answer}\n", "utf-8-sig")
+    with pytest.raises(UserError, match=f"{named} stand between the fields") as told:
+        read_source(Source(str(file)), tmp_path / "cache")
+    assert len(told.value.problems) == 1
+
+
+def test_a_row_longer_than_the_header_is_told_beside_the_header(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\n1,2,3\n")
+    with pytest.raises(UserError, match=r"row 1: other fields than the header's .*'answer'\]"):
+        read_source(Source(str(tmp_path / "rows.csv")), tmp_path / "cache")
+
+
 def test_numbers_of_json_keep_their_digits(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"answer": 5}\n{"answer": 5.50}\n{"answer": 12345678901234567890}\n')
