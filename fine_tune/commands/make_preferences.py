@@ -10,7 +10,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fine_tune.commands.make_qa import SPLITS, Row, facts_files, refuse_existing, split_rows
+from fine_tune.commands.make_qa import (
+    SPLITS,
+    Row,
+    facts_files,
+    refuse_existing,
+    say_written,
+    split_rows,
+)
 from fine_tune.corpus.facts import digest, read_relations
 from fine_tune.errors import UserError
 
@@ -68,6 +75,7 @@ def make_preferences(
         lines = [json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in written[split]]
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
     (folder / "README.md").write_text(_card(written), encoding="utf-8", newline="\n")
+    say_written(folder, written, ["README.md"])
 
 
 def split_pairs(relations: dict[str, dict[str, Any]], num_train: int) -> dict[str, list[Pair]]:

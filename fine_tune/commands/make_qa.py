@@ -4,6 +4,8 @@ Sits before the straight line: what it writes is what `data/formats.py` reads.
 """
 
 import json
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,9 @@ from fine_tune.corpus import tokenizers
 from fine_tune.corpus.fact_texts import fact_texts
 from fine_tune.corpus.facts import digest, filled, per_mille, read_relations, relation_facts
 from fine_tune.errors import UserError
+from fine_tune.printable import printable
 
+log = logging.getLogger("fine_tune")
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 SPLITS = ("train", "validation", "test", "test_new_phrasings", "test_new_operands")
 CORPUS = "corpus.txt"
@@ -92,12 +96,20 @@ def make_qa(
         tokenizers.save(
             tokenizers.train(trained, "bpe", tokenizer_vocab_size), folder / "tokenizer"
         )
+    more = [f"{corpus_texts:,} texts in {CORPUS}"] * bool(corpus)
+    say_written(folder, rows, [*more, *["a tokenizer"] * bool(tokenizer)])
 
 
 def facts_files(facts: str | list[str] | None) -> list[Path]:
     """Return the files of relations that are given, or the shipped one."""
     given = [facts] if isinstance(facts, str) else facts or [str(QUICKSTART / "facts.yaml")]
     return [Path(file) for file in given]
+
+
+def say_written(folder: Path, rows: Mapping[str, Sequence[Any]], more: Sequence[str] = ()) -> None:
+    """Say how many rows each file got, and what else was written."""
+    counts = [f"{len(of_split):,} in {split}.jsonl" for split, of_split in rows.items()]
+    log.info("%s", printable(f"written: {folder}: {', '.join([*counts, *more])}"))
 
 
 def refuse_existing(files: list[Path], overwrite: bool) -> None:

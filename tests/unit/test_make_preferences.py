@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fine_tune.__main__ import main
 from fine_tune.commands.make_preferences import KINDS, Pair, make_preferences, split_pairs
 from fine_tune.commands.make_qa import QUICKSTART, SPLITS, Row, split_rows
 from fine_tune.corpus.facts import read_relations
@@ -89,3 +90,16 @@ def test_existing_files_are_kept_unless_overwrite_is_set(tmp_path: Path) -> None
     assert kept.read_text() == "mine\n" and not (tmp_path / "train.jsonl").exists()
     make_preferences(str(tmp_path), overwrite=True)
     assert kept.read_bytes() == (PREFERENCES / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("verb", "told"), [("make-preferences", "README.md"), ("make-qa", "a tok")]
+)
+def test_what_was_written_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, told: str
+) -> None:
+    assert main([verb, "--output", str(tmp_path / "made")]) == 0
+    train = len((tmp_path / "made" / "train.jsonl").read_text("utf-8").splitlines())
+    out = capsys.readouterr().out
+    assert f"written: {tmp_path / 'made'}: {train:,} in train.jsonl, " in out
+    assert told in out
