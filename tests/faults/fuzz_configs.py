@@ -38,7 +38,7 @@ VALUES: list[Any] = [
         "../x",
     ),
     *(
-        "/nowhere/at/all",
+        "/proc/nowhere/at/all",
         "auto",
         "none",
         "all",
