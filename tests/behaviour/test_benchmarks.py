@@ -16,7 +16,6 @@ REPOSITORY = Path(__file__).parents[2]
 
 def run(*args: object) -> str:
     """Run ``python -m benchmarks`` at toy size and return what it says."""
-    pytest.importorskip("trl")
     command = [sys.executable, "-m", "benchmarks", *map(str, args), "--toy", "--threads", "1"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert ended.returncode == 0, ended.stdout + ended.stderr

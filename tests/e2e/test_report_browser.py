@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from harness import REPOSITORY, CommandLine
+from playwright.sync_api import sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 DATA = Path(os.environ.get("FINE_TUNE_DATA", "/nowhere"))
@@ -30,10 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright drives the browser; it comes with the dev extra"
-    )
-    with sync_api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()

@@ -16,10 +16,6 @@ from fine_tune.modules import SFT
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="runs out of a CUDA device's memory, and there is none",
-    ),
 ]
 ROOM = (
     2**29

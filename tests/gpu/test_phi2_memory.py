@@ -20,10 +20,6 @@ PHI_2 = {
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="measures the memory of a CUDA device, and there is none",
-    ),
 ]
 
 

@@ -8,12 +8,7 @@ import torch
 from harness import CommandLine
 from lightning.pytorch import Callback, Trainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="counts the waits for a CUDA device; there is none"
-    ),
-]
+pytestmark = pytest.mark.gpu
 
 
 class Waits(Callback):
